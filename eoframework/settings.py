@@ -274,8 +274,8 @@ def _as_librdkafka(value: object) -> object:
 
 
 def _describe(error: ValidationError) -> str:
-    parts = [
-        f"{PREFIX}{'_'.join(str(part) for part in problem['loc']).upper()}: {problem['msg'].removeprefix('Value error, ')}"
-        for problem in error.errors(include_input=False, include_url=False, include_context=False)
-    ]
+    parts = []
+    for problem in error.errors(include_input=False, include_url=False, include_context=False):
+        name = PREFIX + "_".join(str(part) for part in problem["loc"]).upper()
+        parts.append(f"{name}: {problem['msg'].removeprefix('Value error, ')}")
     return "; ".join(parts) + "."

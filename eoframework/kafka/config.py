@@ -9,10 +9,11 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from eoframework import kafka_keys
+from eoframework import clock, kafka_keys
 from eoframework.settings import Settings
 
 _CLIENT_LOG = logging.getLogger("eoframework.kafka.client")
+_REPEAT_AFTER = 30.0
 
 # The quarantine rule takes a call that lasted half of this for one that was re-sent (DESIGN.md, "Quarantine"). The cap
 # must not be lower, or re-sends come earlier than the rule believes.
@@ -65,6 +66,26 @@ def transactional_config(settings: Settings, *, transactional_id: str, client_id
 def admin_config(settings: Settings) -> dict[str, Any]:
     """A client for questions about topics, groups and offsets; it changes nothing by itself."""
     return _base(settings, "eo-admin", frozenset())
+
+
+class _Repeats(logging.Filter):
+    """Lets one and the same line through every 30 s: a client tells each of its 20 attempts a second to connect."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._last: dict[str, float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text, now = record.getMessage(), clock.monotonic()
+        if now - self._last.get(text, -_REPEAT_AFTER) < _REPEAT_AFTER:
+            return False
+        if len(self._last) > 1000:
+            self._last.clear()
+        self._last[text] = now
+        return True
+
+
+_CLIENT_LOG.addFilter(_Repeats())
 
 
 def _base(settings: Settings, client_id: str, own_keys: frozenset[str]) -> dict[str, Any]:

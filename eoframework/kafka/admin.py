@@ -1,0 +1,264 @@
+"""Questions about topics, groups and offsets, and the making of topics. Every call blocks; thread-safe."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+from uuid import UUID
+
+from confluent_kafka import ConsumerGroupTopicPartitions, KafkaError, KafkaException, TopicCollection, TopicPartition
+from confluent_kafka.admin import (  # type: ignore[attr-defined]  # its stubs do not re-export
+    AdminClient,
+    AlterConfigOpType,
+    ConfigEntry,
+    ConfigResource,
+    ConfigSource,
+    NewTopic,
+    OffsetSpec,
+    ResourceType,
+)
+
+from eoframework import clock
+from eoframework.errors import ConfigurationError, EoError, Retryable, Unreachable
+from eoframework.kafka.config import admin_config
+from eoframework.kafka.faults import classify, kafka_error
+from eoframework.settings import Settings
+
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+_TIMEOUT = 15.0
+_PROBE_TIMEOUT = 3.0
+_SLICE = 0.1
+
+_UNKNOWN = frozenset({KafkaError._UNKNOWN_TOPIC, KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_PARTITION})
+_REFUSED_LOGIN = frozenset({KafkaError._AUTHENTICATION, KafkaError.SASL_AUTHENTICATION_FAILED})
+_FORBIDDEN = frozenset(
+    {
+        KafkaError.TOPIC_AUTHORIZATION_FAILED,
+        KafkaError.GROUP_AUTHORIZATION_FAILED,
+        KafkaError.CLUSTER_AUTHORIZATION_FAILED,
+        KafkaError.TRANSACTIONAL_ID_AUTHORIZATION_FAILED,
+    }
+)
+
+
+class UnknownTopic(ConfigurationError):
+    """The topic does not exist; a restart will not make it."""
+
+
+class NotAuthorized(ConfigurationError):
+    """Kafka refused the login, or the right to do this."""
+
+
+@dataclass(frozen=True, slots=True)
+class TopicInfo:
+    """A topic as it is: `id` differs from the one of an earlier topic of the same name."""
+
+    name: str
+    id: UUID
+    partitions: int
+    replicas: int
+    config: Mapping[str, str] = field(default_factory=dict)
+    """Every setting in effect, defaults included."""
+    own_config: Mapping[str, str] = field(default_factory=dict)
+    """Only the settings made on the topic itself."""
+
+
+class Admin:
+    """A client that asks and creates; opens its connection at the first question."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._servers = settings.require_bootstrap_servers()
+        self._config = {**admin_config(settings), "error_cb": self._on_error}
+        self._refusal: KafkaError | None = None
+        self._trouble = ""
+        self._lock = threading.Lock()
+        self._client_made: AdminClient | None = None
+
+    @property
+    def _client(self) -> AdminClient:
+        with self._lock:
+            if self._client_made is None:
+                try:
+                    self._client_made = AdminClient(self._config)
+                except KafkaException as error:
+                    text = kafka_error(error).str()
+                    raise ConfigurationError(f"Kafka's settings: {text}.", remedy="Correct EO_KAFKA_*.") from error
+            return self._client_made
+
+    def wait_until_reachable(self, *, stop: threading.Event | None = None, wait: bool = True) -> bool:
+        """Return True once the cluster answers, False when `stop` was set first.
+
+        Waits for ever and says so; with `wait=False` raises Unreachable after about 3 s. A refused login raises
+        NotAuthorized at once: time does not mend a wrong password.
+        """
+        stop = stop or threading.Event()
+        told = False
+        while not stop.is_set():
+            try:
+                self._ask_cluster(_PROBE_TIMEOUT, stop)
+                if told:
+                    _log.info("Kafka at %s answers again; going on.", self._servers)
+                return not stop.is_set()
+            except Retryable as error:
+                if not wait:
+                    raise Unreachable(
+                        f"Kafka at {self._servers} cannot be reached ({self._trouble or error.what}).",
+                        remedy="Start it, or correct EO_KAFKA_BOOTSTRAP_SERVERS.",
+                    ) from error
+                if not told:
+                    _log.warning(
+                        "Kafka at %s cannot be reached (%s); waiting for it. Nothing is lost.",
+                        self._servers,
+                        self._trouble or error.what,
+                    )
+                    told = True
+                clock.wait(stop, clock.jitter(0.5, 1.5))
+        return False
+
+    def cluster_id(self) -> str:
+        """The cluster's id: a position belongs to one cluster."""
+        return str(self._ask_cluster(_TIMEOUT, None).cluster_id)
+
+    def broker_count(self) -> int:
+        """How many brokers answer for the cluster now."""
+        return len(self._ask_cluster(_TIMEOUT, None).nodes)
+
+    def describe(self, topic: str) -> TopicInfo:
+        """The topic as it is. Raises UnknownTopic, NotAuthorized."""
+        what = f"describing topic {topic}"
+        futures = self._client.describe_topics(TopicCollection([topic]), request_timeout=_TIMEOUT)
+        found = self._result(futures[topic], what, topic=topic)
+        resource = ConfigResource(ResourceType.TOPIC, topic)
+        configs = self._client.describe_configs([resource], request_timeout=_TIMEOUT)
+        entries = self._result(configs[resource], f"reading the settings of topic {topic}", topic=topic)
+        own = int(ConfigSource.DYNAMIC_TOPIC_CONFIG.value)
+        return TopicInfo(
+            name=topic,
+            id=_uuid(found.topic_id),
+            partitions=len(found.partitions),
+            replicas=min((len(partition.replicas) for partition in found.partitions), default=0),
+            config={name: str(entry.value) for name, entry in entries.items()},
+            own_config={name: str(entry.value) for name, entry in entries.items() if int(entry.source) == own},
+        )
+
+    def existing(self, topics: Iterable[str]) -> dict[str, TopicInfo]:
+        """Those of the topics that exist."""
+        found = {}
+        for topic in topics:
+            try:
+                found[topic] = self.describe(topic)
+            except UnknownTopic:
+                continue
+        return found
+
+    def create(self, topic: str, *, partitions: int, replicas: int, config: Mapping[str, str]) -> None:
+        """Create the topic; one that somebody else created meanwhile is left as it is."""
+        new = NewTopic(topic, num_partitions=partitions, replication_factor=replicas, config=dict(config))
+        future = self._client.create_topics([new], request_timeout=_TIMEOUT)[topic]
+        self._result(future, f"creating topic {topic}", topic=topic, ignore=KafkaError.TOPIC_ALREADY_EXISTS)
+        self._await_leaders(topic, partitions)
+
+    def set_config(self, topic: str, changes: Mapping[str, str]) -> None:
+        """Set these settings on the topic and leave its others alone."""
+        entries = [
+            ConfigEntry(name, value, incremental_operation=AlterConfigOpType.SET) for name, value in changes.items()
+        ]
+        resource = ConfigResource(ResourceType.TOPIC, topic, incremental_configs=entries)
+        future = self._client.incremental_alter_configs([resource], request_timeout=_TIMEOUT)[resource]
+        self._result(future, f"changing the settings of topic {topic}", topic=topic)
+
+    def group_offsets(self, group: str, topic: str) -> dict[int, tuple[int, str]]:
+        """The group's committed offsets of the topic: partition -> (offset, metadata); empty when it has none."""
+        question = [ConsumerGroupTopicPartitions(group)]
+        future = self._client.list_consumer_group_offsets(question, request_timeout=_TIMEOUT)[group]
+        found = self._result(future, f"reading the offsets of group {group}", ignore=KafkaError.GROUP_ID_NOT_FOUND)
+        return {
+            entry.partition: (entry.offset, entry.metadata or "")
+            for entry in (found.topic_partitions if found else ())
+            if entry.topic == topic and entry.offset >= 0
+        }
+
+    def watermarks(self, topic: str, partition: int) -> tuple[int, int]:
+        """The first offset kept and the offset the next record gets. Raises UnknownTopic, NotAuthorized."""
+        return self._offset(topic, partition, OffsetSpec.earliest()), self._offset(
+            topic, partition, OffsetSpec.latest()
+        )
+
+    def _offset(self, topic: str, partition: int, spec: Any) -> int:
+        where = TopicPartition(topic, partition)
+        future = self._client.list_offsets({where: spec}, request_timeout=_TIMEOUT)[where]
+        return int(self._result(future, f"reading the log ends of {topic}[{partition}]", topic=topic).offset)
+
+    def _await_leaders(self, topic: str, partitions: int) -> None:
+        # The controller confirms a topic before every broker knows it; whoever asked for it next saw it missing.
+        deadline = clock.monotonic() + _TIMEOUT
+        while clock.monotonic() < deadline:
+            info = self.existing([topic]).get(topic)
+            if info is not None and info.partitions >= partitions:
+                return
+            clock.sleep(_SLICE)
+        raise Retryable(f"topic {topic} was created but does not appear within {_TIMEOUT:g} s.")
+
+    def _ask_cluster(self, timeout: float, stop: threading.Event | None) -> Any:
+        future = self._client.describe_cluster(request_timeout=timeout)
+        return self._result(future, f"asking Kafka at {self._servers}", stop=stop)
+
+    def _result(
+        self,
+        future: Future[_T],
+        what: str,
+        *,
+        topic: str | None = None,
+        ignore: int | None = None,
+        stop: threading.Event | None = None,
+    ) -> Any:
+        while not future.done():
+            # A refused login is told only to the error callback, which poll serves; the request itself just times out.
+            self._client.poll(_SLICE)
+            self._raise_refusal()
+            if stop is not None and stop.is_set():
+                return None
+        try:
+            return future.result()
+        except KafkaException as error:
+            if ignore is not None and kafka_error(error).code() == ignore:
+                return None
+            raise self._classified(kafka_error(error), what, topic) from error
+
+    def _classified(self, error: KafkaError, what: str, topic: str | None) -> EoError:
+        if topic is not None and error.code() in _UNKNOWN:
+            return UnknownTopic(
+                f"Kafka at {self._servers} has no topic {topic!r}.", remedy="Run: eo topics apply module:app"
+            )
+        if error.code() in _FORBIDDEN or error.code() in _REFUSED_LOGIN:
+            return NotAuthorized(
+                f"{what}: Kafka at {self._servers} refuses: {error.str()}.",
+                remedy="Grant the right to this principal (kafka-acls), or use another one (EO_KAFKA_SASL_*).",
+            )
+        return classify(error, what)
+
+    def _on_error(self, error: KafkaError) -> None:
+        # Only remembered: raised here, it would surface in whatever call is polling.
+        if error.code() in _REFUSED_LOGIN:
+            self._refusal = error
+        elif error.code() != KafkaError._ALL_BROKERS_DOWN:
+            self._trouble = error.str()
+
+    def _raise_refusal(self) -> None:
+        refusal, self._refusal = self._refusal, None
+        if refusal is not None:
+            raise NotAuthorized(
+                f"Kafka at {self._servers} refuses the login: {refusal.str()}.",
+                remedy="Correct EO_KAFKA_SECURITY_PROTOCOL and EO_KAFKA_SASL_*.",
+            )
+
+
+def _uuid(value: Any) -> UUID:
+    mask = (1 << 64) - 1
+    return UUID(int=(value.get_most_significant_bits() & mask) << 64 | value.get_least_significant_bits() & mask)
