@@ -1,0 +1,204 @@
+"""`eo dev`: the development services from the command line."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import signal
+import sys
+import threading
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+
+from eoframework import dev
+from eoframework.dev import processes, stack
+from eoframework.errors import EoError, NotFound
+
+app = typer.Typer(
+    no_args_is_help=True, help="A real Kafka broker and a real PostgreSQL server for development, without Docker."
+)
+
+StateDirectory = Annotated[
+    Path, typer.Option("--state-dir", help="Where the services keep everything they have.", show_default=True)
+]
+KafkaPort = Annotated[int | None, typer.Option(help="Kafka's port (default: a free one).", min=1, max=65535)]
+PostgresPort = Annotated[int | None, typer.Option(help="PostgreSQL's port (default: a free one).", min=1, max=65535)]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+DEFAULT = stack.DEFAULT_STATE_DIRECTORY
+
+
+@app.command()
+def up(
+    state_dir: StateDirectory = DEFAULT,
+    kafka_port: KafkaPort = None,
+    postgres_port: PostgresPort = None,
+    as_json: Json = False,
+) -> None:
+    """Start both services, or find the running ones, and print the two settings: `eval "$(eo dev up)"`."""
+    with _Screen() as screen:
+        services = dev.start(
+            state_dir,
+            kafka=dev.KafkaOptions(port=kafka_port),
+            postgres=dev.PostgresOptions(port=postgres_port),
+            bound_to_parent=False,
+            watcher=screen,
+        )
+        screen.done(services)
+    if as_json:
+        document = {**services.environment(), "found_running": services.found_running, "log_directory": str(state_dir)}
+        typer.echo(json.dumps(document))
+        return
+    for name, value in services.environment().items():
+        typer.echo(f"export {name}={shlex.quote(value)}")
+
+
+@app.command()
+def down(state_dir: StateDirectory = DEFAULT) -> None:
+    """Stop both services; their data stay."""
+    stopped = dev.down(state_dir)
+    typer.echo("Stopped; the data are kept." if stopped else "Nothing was running.", err=True)
+
+
+@app.command()
+def status(state_dir: StateDirectory = DEFAULT, as_json: Json = False) -> None:
+    """Tell what runs; exit 0 when both services do, 69 otherwise."""
+    found = dev.status(state_dir)
+    if as_json:
+        typer.echo(json.dumps({service.name: asdict(service) for service in found}))
+    else:
+        for service in found:
+            typer.echo(_line(service))
+    if any(service.state != "running" for service in found):
+        raise typer.Exit(69)
+
+
+@app.command()
+def reset(state_dir: StateDirectory = DEFAULT) -> None:
+    """Stop both services and delete their data."""
+    deleted = dev.reset(state_dir)
+    typer.echo("Stopped and deleted." if deleted else "There was nothing to delete.", err=True)
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+def run(
+    command: Annotated[list[str], typer.Argument(metavar="-- COMMAND...", help="The command and its arguments.")],
+    state_dir: StateDirectory = DEFAULT,
+    kafka_port: KafkaPort = None,
+    postgres_port: PostgresPort = None,
+) -> None:
+    """Run a command with both services for as long as it lives; exits with its exit code.
+
+    The services end with it, however this process ends; services that ran before are used and left running.
+    """
+    program = shutil.which(command[0])
+    if program is None:
+        raise NotFound(f"The command {command[0]!r} is not found.", remedy="Check its name and PATH.")
+    with _Screen() as screen:
+        services = dev.start(
+            state_dir,
+            kafka=dev.KafkaOptions(port=kafka_port),
+            postgres=dev.PostgresOptions(port=postgres_port),
+            watcher=screen,
+        )
+        screen.done(services)
+    with services:
+        code = _run_in_foreground([program, *command[1:]], services.environment())
+    raise typer.Exit(code)
+
+
+def _run_in_foreground(command: list[str], environment: dict[str, str]) -> int:
+    # Ctrl-C reaches the command by itself, being in the same terminal: it decides what that means, we wait for it.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    plan = processes.Plan(command=command, environment=environment, foreground=True, grace=10.0)
+    guarded = processes.spawn(plan)
+
+    def pass_on(number: int, _frame: FrameType | None) -> None:
+        processes.send(guarded.identity, signal.Signals(number))
+
+    terminated = signal.signal(signal.SIGTERM, pass_on)
+    try:
+        return guarded.wait()
+    finally:
+        guarded.end()
+        signal.signal(signal.SIGTERM, terminated)
+        signal.signal(signal.SIGINT, before)
+
+
+def _line(service: dev.ServiceStatus) -> str:
+    line = f"{service.name:<9} {service.state:<8}"
+    if service.state == "dead":
+        return f"{line} {service.cause}  (log {service.log}; `eo dev up` starts it again)"
+    return f"{line} port {service.port}, pid {service.pid}, log {service.log}" if service.pid else line
+
+
+class _Screen:
+    """Progress for the person who waits: moving on a terminal, one line a stage otherwise; always on stderr."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True)
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            DownloadColumn(),
+            TimeElapsedColumn(),
+            console=self._console,
+            transient=True,
+        )
+        self._moving = self._console.is_terminal
+        self._lock = threading.Lock()
+        self._stage: TaskID | None = None
+        self._download: TaskID | None = None
+
+    def __enter__(self) -> _Screen:
+        if self._moving:
+            self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._moving:
+            self._progress.stop()
+
+    def stage(self, what: str, /) -> None:
+        """Show what began."""
+        if not self._moving:
+            typer.echo(f"{what} …", err=True)
+        elif self._stage is None:
+            self._stage = self._progress.add_task(what, total=None)
+        else:
+            self._progress.update(self._stage, description=what)
+
+    def downloaded(self, done: int, total: int, /) -> None:
+        """Show how far the download is."""
+        with self._lock:
+            if self._download is None:
+                self._download = self._progress.add_task("downloading Kafka's jars (once per user)", total=total)
+                if not self._moving:
+                    typer.echo(f"downloading Kafka's jars, {total / 1e6:.0f} MB, once per user …", err=True)
+            self._progress.update(self._download, completed=done)
+
+    def done(self, services: dev.Services) -> None:
+        """Say where the services are."""
+        how = "already running" if services.found_running else "running"
+        typer.echo(f"Kafka and PostgreSQL are {how} (state in {services.directory.path}).", err=True)
+
+
+def main() -> NoReturn:
+    """Run `eo dev` by itself."""
+    try:
+        app(standalone_mode=True)
+    except EoError as error:
+        typer.echo(f"Error: {error}", err=True)
+        sys.exit(error.exit_code)
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""Whether a broker can do what we need of it: commit one Kafka transaction."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from confluent_kafka import KafkaError, KafkaException, Producer
+from confluent_kafka.admin import AdminClient
+from confluent_kafka.cimpl import NewTopic
+
+from eoframework.errors import Unreachable
+
+_log = logging.getLogger(__name__)
+
+
+def commit_probe_transaction(bootstrap_servers: str, *, topic: str, timeout: float) -> None:
+    """Commit one record to `topic` (made when missing) in a Kafka transaction.
+
+    Guarantee: when it returns, the broker serves produce requests, its transaction coordinator is loaded and its log
+    takes writes; an open port or a log line tells none of these. Raises Unreachable within about `timeout` seconds
+    for each of the four steps.
+    """
+    client: dict[str, Any] = {
+        "bootstrap.servers": bootstrap_servers,
+        "socket.connection.setup.timeout.ms": 2000,
+        "log_level": 0,
+    }
+    try:
+        _make_topic(AdminClient({**client, "logger": _log}), topic, timeout)
+        producer = Producer(
+            # reconnect and retry faster than the defaults: the coordinator's topic is being made right now.
+            {
+                **client,
+                "transactional.id": topic,
+                "linger.ms": 0,
+                "retry.backoff.ms": 20,
+                "reconnect.backoff.ms": 20,
+                "logger": _log,
+            }
+        )
+        producer.init_transactions(timeout)
+        producer.begin_transaction()
+        producer.produce(topic, b"probe")
+        producer.commit_transaction(timeout)
+    except KafkaException as error:
+        raise Unreachable(
+            f"The broker at {bootstrap_servers} does not commit a probe transaction: {error.args[0].str()}.",
+            remedy="Look at the broker's log.",
+        ) from error
+
+
+def _make_topic(admin: AdminClient, topic: str, timeout: float) -> None:
+    try:
+        created = admin.create_topics([NewTopic(topic, 1, 1)], request_timeout=timeout)
+        created[topic].result(timeout)
+    except KafkaException as error:
+        if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
+            raise
