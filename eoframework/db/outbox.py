@@ -55,7 +55,8 @@ class Outbox:
 
     def _keep_order(self, connection: Connection, messages: Iterable[OutboxMessage]) -> None:
         # A delayed message leaves its key's order, so it takes no lock.
-        buckets = sorted({order_bucket(m.key) for m in messages if m.ordered and m.key is not None and not m.deliver_at})
+        ordered = (m.key for m in messages if m.ordered and m.key is not None and m.deliver_at is None)
+        buckets = sorted({order_bucket(key) for key in ordered})
         if not buckets:
             return
         # Deferred constraints are checked before the locks: a check that waits for another writer while holding a

@@ -1,0 +1,185 @@
+"""Which partitions this worker may move on: claims in PostgreSQL, one per assigned partition.
+
+The group's assignment says who should own a partition; the claim says who does. A partition that is assigned but not
+claimed (the database was away, or somebody else claimed it) stays paused and is claimed again from the worker's loop.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import Protocol
+from uuid import UUID
+
+from eoframework import clock, events
+from eoframework.consume.start import GroupOffsets, refuse_moved_offset, topic_recreated
+from eoframework.db.position import Claim, Positions, Stream
+from eoframework.db.unit_of_work import WorkerConnection
+from eoframework.errors import Conflict, FailClosed, Retryable
+from eoframework.kafka.admin import TopicInfo
+from eoframework.kafka.consumer import OUR_COMMIT, offset_out_of_range
+
+log = logging.getLogger(__name__)
+
+
+class Cluster(Protocol):
+    """What a claim asks of Kafka."""
+
+    def describe(self, topic: str) -> TopicInfo: ...
+    def group_offsets(self, group: str, topic: str) -> GroupOffsets: ...
+    def watermarks(self, topic: str, partition: int) -> tuple[int, int]: ...
+
+
+class Ownership:
+    """The claims of one worker thread."""
+
+    def __init__(
+        self, stream: Stream, positions: Positions, connection: WorkerConnection, cluster: Cluster, *, owner: str
+    ) -> None:
+        self._stream = stream
+        self._positions = positions
+        self._connection = connection
+        self._cluster = cluster
+        self._owner = owner
+        self.claims: dict[int, Claim] = {}
+        self._waiting: dict[int, tuple[float, Claim | None]] = {}
+        """Assigned, paused, not ours: when to claim, and the claim to renew if its outcome is in doubt."""
+
+    # --- assignment (called inside the consumer's callbacks) -----------------------------------------------------------
+
+    def assigned(self, partitions: Iterable[int]) -> dict[int, int | None]:
+        """Claim what the group gave us; None for a partition that must wait for the database or Kafka."""
+        wanted = sorted(partitions)
+        self.revoked(wanted)
+        try:
+            self._check_topic()
+            offsets = self._cluster.group_offsets(self._stream.consumer, self._stream.topic)
+            return {partition: self._claim(partition, offsets).next_offset for partition in wanted}
+        except Retryable as trouble:
+            log.warning("%s: partitions %s not claimed yet: %s They stay paused; nothing is lost", self._stream.consumer, wanted, trouble)  # fmt: skip
+            self._connection.discard()
+            for partition in wanted:
+                self._wait(partition, clock.monotonic(), None)
+            return {partition: None for partition in wanted}
+
+    def revoked(self, partitions: Iterable[int]) -> None:
+        """Forget the claims; only local state, no transaction is open here and none is opened."""
+        for partition in partitions:
+            self.claims.pop(partition, None)
+            self._waiting.pop(partition, None)
+
+    # --- losing and claiming again -------------------------------------------------------------------------------------
+
+    def fenced(self, partitions: Iterable[int]) -> None:
+        """Somebody else has claimed these: give way, and claim again only if the group still says they are ours.
+
+        Without the second claim, a late claim of a member that was frozen would leave the partition to nobody; without
+        the pause, two members that both believe in their assignment would fence each other for ever.
+        """
+        for partition in partitions:
+            self._wait(partition, clock.monotonic() + clock.jitter(0.5, 1.5), None)
+
+    def in_doubt(self) -> None:
+        """The connection is gone, and with it the knowledge of where we stand: every claim must be renewed."""
+        self._connection.discard()
+        for partition, claim in tuple(self.claims.items()):
+            self._wait(partition, clock.monotonic(), claim)
+
+    def postpone(self, seconds: float) -> None:
+        """The database is away: try again later."""
+        for partition, (_, claim) in tuple(self._waiting.items()):
+            self._wait(partition, clock.monotonic() + seconds, claim)
+
+    def due(self) -> list[int]:
+        """Partitions whose time to be claimed has come."""
+        now = clock.monotonic()
+        return sorted(partition for partition, (when, _) in self._waiting.items() if when <= now)
+
+    @property
+    def waiting(self) -> bool:
+        return bool(self._waiting)
+
+    def claim_waiting(self, partition: int) -> Claim | None:
+        """Claim a waiting partition; None when it went to somebody else while we were in doubt."""
+        doubtful = self._waiting[partition][1]
+        if doubtful is not None:
+            return self._renew(partition, doubtful)
+        self._check_topic()
+        return self._claim(partition, self._cluster.group_offsets(self._stream.consumer, self._stream.topic))
+
+    def release(self) -> None:
+        """Leave cleanly; best effort, a crash leaves the owner's name in the row and nothing else."""
+        if self.claims:
+            with self._connection.begin("release the partitions") as connection:
+                self._positions.release(connection, self._stream, self.claims.values())
+            self.claims.clear()
+
+    # --- claiming -------------------------------------------------------------------------------------------------------
+
+    def _renew(self, partition: int, doubtful: Claim) -> Claim | None:
+        with self._connection.begin("renew a claim") as connection:
+            renewed = self._positions.claim_again(connection, self._stream, doubtful)
+        if renewed is None:
+            self.fenced([partition])
+            return None
+        happened = "had happened" if renewed.next_offset != doubtful.next_offset else "had not happened"
+        log.warning("%s[%d]: the last COMMIT %s; going on at %d", self._stream.topic, partition, happened, renewed.next_offset)  # fmt: skip
+        return self._hold(renewed)
+
+    def _claim(self, partition: int, offsets: GroupOffsets) -> Claim:
+        try:
+            claim = self._take(partition)
+        except Conflict:
+            # lock_timeout: the previous owner's transaction is still open, longer than any idle timeout allows. It is
+            # frozen while the server sends to it (wait event ClientWrite), where no timeout of the server fires.
+            self._terminate_holder(partition)
+            claim = self._take(partition)
+        self._check_range(claim)
+        if partition in offsets:
+            refuse_moved_offset(self._stream, partition, claim.next_offset, offsets[partition], OUR_COMMIT)
+        return self._hold(claim)
+
+    def _take(self, partition: int) -> Claim:
+        with self._connection.begin("claim a partition") as connection:
+            return self._positions.claim(connection, self._stream, partition, owner=self._owner)
+
+    def _terminate_holder(self, partition: int) -> None:
+        with self._connection.begin("end the previous owner's transaction") as connection:
+            ended = self._positions.terminate_holder(connection, self._stream, partition)
+        log.warning("%s[%d]: previous owner held the row beyond lock_timeout; its backend was %s", self._stream.topic, partition, "terminated, its transaction rolls back" if ended else "not found, claiming again")  # fmt: skip
+        events.emit("consume.holder_terminated", partition=partition, ended=ended)
+
+    def _hold(self, claim: Claim) -> Claim:
+        self.claims[claim.partition] = claim
+        self._waiting.pop(claim.partition, None)
+        events.emit("consume.claimed", partition=claim.partition, offset=claim.next_offset, epoch=claim.epoch)
+        return claim
+
+    def _wait(self, partition: int, until: float, doubtful: Claim | None) -> None:
+        self.claims.pop(partition, None)
+        self._waiting[partition] = (until, doubtful)
+
+    # --- refusing -------------------------------------------------------------------------------------------------------
+
+    def _check_range(self, claim: Claim) -> None:
+        low, high = self._cluster.watermarks(self._stream.topic, claim.partition)
+        if not low <= claim.next_offset <= high:
+            raise offset_out_of_range(
+                self._stream.topic, claim.partition, f"it is {claim.next_offset}, the log holds {low} to {high}"
+            )
+
+    def _check_topic(self) -> None:
+        self.check_topic_id(self._cluster.describe(self._stream.topic).id)
+
+    def check_topic_id(self, found: UUID) -> None:
+        """Stop if the topic was re-created: the classic protocol would silently read the new one from the old offset."""
+        if found != self._stream.topic_id:
+            raise topic_recreated(self._stream.consumer, self._stream.topic, self._stream.topic_id, found)
+
+
+def deleted_topic(stream: Stream) -> FailClosed:
+    """The topic is gone while its consumer runs."""
+    return FailClosed(
+        f"{stream.consumer}: topic {stream.topic!r} no longer exists.",
+        remedy=f"Its positions are kept. If it is re-created, begin with: eo position forget {stream.consumer}",
+    )

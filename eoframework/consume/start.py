@@ -1,0 +1,134 @@
+"""Where a consumer begins, and every reason to refuse to begin: checked before the first message is taken.
+
+PostgreSQL is the truth for positions. If it says nothing, or says something about another topic or another cluster,
+going on would mean guessing; each case stops with the command that resolves it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+from uuid import UUID
+
+from sqlalchemy import Connection
+
+from eoframework.db.position import PositionRow, Positions, Stream
+from eoframework.errors import ConfigurationError, FailClosed
+from eoframework.handlers import Handler
+
+GroupOffsets = Mapping[int, tuple[int, str]]
+
+
+class Topology(Protocol):
+    """What start-up asks of Kafka."""
+
+    def watermarks(self, topic: str, partition: int) -> tuple[int, int]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What Kafka says about the topic now."""
+
+    cluster_id: str
+    topic_id: UUID
+    partitions: int
+    group_offsets: GroupOffsets
+
+
+class Start:
+    """One handler's first statement in the database: its consumer row and its position rows."""
+
+    def __init__(self, handler: Handler, positions: Positions, topology: Topology, *, adopt_offsets: bool) -> None:
+        self._handler = handler
+        self._positions = positions
+        self._topology = topology
+        self._adopt_offsets = adopt_offsets
+
+    def register(self, connection: Connection, around: Surroundings, *, app: str, declared: Collection[str]) -> Stream:
+        """The stream with a position row for every partition the topic has at the first start.
+
+        All partitions are stored at once, under the lock of the consumer's row: a partition that gets its row later
+        is known to have appeared later, and begins at 0 whatever `start` says.
+        """
+        self._refuse_renamed(connection, app=app, declared=declared)
+        group, topic = self._handler.group, self._handler.topic.name
+        consumer_id = self._positions.register(connection, name=group, topic=topic)
+        stream = Stream(consumer_id, group, topic, around.topic_id, around.cluster_id)
+        known = self._positions.known(connection, consumer_id=consumer_id, topic=topic)
+        refuse_moved(stream, known)
+        if not known:
+            self._positions.start(connection, stream, self._first_offsets(around))
+        return stream
+
+    def _refuse_renamed(self, connection: Connection, *, app: str, declared: Collection[str]) -> None:
+        topic = self._handler.topic.name
+        known = self._positions.siblings(connection, app=app, topic=topic)
+        undeclared = sorted(known - set(declared))
+        if self._handler.group in known or not undeclared:
+            return
+        old = undeclared[0].removeprefix(f"{app}.")
+        raise ConfigurationError(
+            f"{self._handler.where}: consumer {self._handler.group!r} is new on topic {topic!r}, but the database knows "
+            f"{', '.join(undeclared)}, which this app no longer declares. Renaming a handler would process the whole "
+            "topic a second time.",
+            remedy=f"If it is the same handler, say name={old!r}. If it is a new one, retire the old: "
+            f"eo position forget {undeclared[0]}",
+        )
+
+    def _first_offsets(self, around: Surroundings) -> dict[int, int]:
+        if around.group_offsets and not self._adopt_offsets:
+            raise FailClosed(
+                f"group {self._handler.group!r} has committed offsets in Kafka, but the database knows no position of it: "
+                "an empty, wrong or restored database would skip or repeat everything before them.",
+                remedy="Check EO_DATABASE_URL. To begin at the group's offsets: eo run --adopt-offsets",
+            )
+        return {partition: self._first_offset(around, partition) for partition in range(around.partitions)}
+
+    def _first_offset(self, around: Surroundings, partition: int) -> int:
+        if partition in around.group_offsets:
+            return around.group_offsets[partition][0]
+        low, high = self._topology.watermarks(self._handler.topic.name, partition)
+        return high if self._handler.start == "latest" else low
+
+
+def refuse_moved(stream: Stream, known: Collection[PositionRow]) -> None:
+    """Stop if the stored positions belong to another cluster, or to an earlier topic of the same name."""
+    for row in known:
+        if row.cluster_id != stream.cluster_id:
+            raise FailClosed(
+                f"{stream.consumer}: its positions in {stream.topic!r} were stored for Kafka cluster {row.cluster_id}, "
+                f"this one is {stream.cluster_id}: offsets mean nothing across clusters.",
+                remedy="Check EO_KAFKA_BOOTSTRAP_SERVERS. If the topic moved for good: eo position forget "
+                f"{stream.consumer}, then start with the offsets you choose.",
+            )
+        if row.topic_id != stream.topic_id:
+            raise topic_recreated(stream.consumer, stream.topic, row.topic_id, stream.topic_id)
+
+
+def topic_recreated(consumer: str, topic: str, old: UUID, new: UUID) -> FailClosed:
+    """The topic was deleted and made again: its offsets count other messages now."""
+    return FailClosed(
+        f"{consumer}: topic {topic!r} is not the one it was (its id changed from {old} to {new}): it was deleted and "
+        "re-created, so the stored offsets count other messages.",
+        remedy=f"Nothing was skipped. To process the new topic from its beginning: eo position forget {consumer}",
+    )
+
+
+def refuse_moved_offset(stream: Stream, partition: int, position: int, committed: tuple[int, str], our_mark: str) -> None:
+    """Stop if somebody moved the group's offset, or it is ahead of a database that was set back."""
+    offset, mark = committed
+    if mark != our_mark and offset != position:
+        raise FailClosed(
+            f"{stream.consumer}: somebody set the group's offset in {stream.topic}[{partition}] to {offset}; the "
+            f"database says {position}, and the database is what counts.",
+            remedy=f"To move: eo position set {stream.consumer} {partition} {offset}. To keep {position}: "
+            f"eo position set {stream.consumer} {partition} {position}",
+        )
+    if offset > position:
+        raise FailClosed(
+            f"{stream.consumer}: the group's offset in {stream.topic}[{partition}] is {offset}, ahead of the database's "
+            f"{position}: the database was restored to an older state, so effects between were lost there.",
+            remedy=f"To redo them: eo position set {stream.consumer} {partition} {position}. To leave them out: "
+            f"eo position set {stream.consumer} {partition} {offset}",
+        )

@@ -1,0 +1,268 @@
+"""One handler's thread: fetch a batch, have it executed, and make the client agree with what the database says.
+
+The rule for every outcome: whatever was not committed is fetched again. So a batch can fail anywhere and in any way;
+the client's position only ever follows the position row.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+import threading
+
+from eoframework import clock, events
+from eoframework.app import App
+from eoframework.consume.batch import Failure, Outcome
+from eoframework.consume.executor import Executor, Stores
+from eoframework.consume.ownership import Ownership, deleted_topic
+from eoframework.consume.start import Start, Surroundings
+from eoframework.db.outbox import Outbox
+from eoframework.db.position import Positions, Stream
+from eoframework.db.processed import ProcessedMessages
+from eoframework.db.unit_of_work import Timeouts, WorkerConnection
+from eoframework.errors import Conflict, HandlerFailed, LostConnection, Retryable
+from eoframework.handlers import Handler
+from eoframework.kafka.admin import Admin, UnknownTopic
+from eoframework.kafka.config import consumer_config
+from eoframework.kafka.consumer import GroupConsumer
+from eoframework.message import Record
+from eoframework.settings import Settings
+
+log = logging.getLogger(__name__)
+
+_TOPIC_CHECK_SECONDS = 5.0
+_REPEAT_WARNING_SECONDS = 30.0
+_LONGEST_BACKOFF = 5.0
+
+
+class ConsumeWorker:
+    """Consumes one handler's topic until told to stop; see lifecycle.Worker for who calls what."""
+
+    def __init__(
+        self,
+        handler: Handler,
+        *,
+        app: App,
+        settings: Settings,
+        admin: Admin,
+        stop: threading.Event | None = None,
+        once: bool = False,
+        adopt_offsets: bool = False,
+    ) -> None:
+        """`stop` ends a batch in flight after the message being handled; `once` makes `drained` possible."""
+        self.name = f"consume {handler.group}"
+        self._handler = handler
+        self._app = app
+        self._settings = settings
+        self._admin = admin
+        self._adopt_offsets = adopt_offsets
+        self._largest = handler.max_batch or settings.max_batch
+        self._limit = self._largest
+        self._blocked: dict[int, Failure] = {}
+        self._uncommitted: dict[int, int] = {}
+        self._next_commit = self._next_topic_check = self._next_warning = 0.0
+        self._backoff = 0.0
+        self._consumer: GroupConsumer | None = None
+        self._once = once
+        self._draining = stop or threading.Event()
+
+    # --- lifecycle ------------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Register the consumer, refuse what would be a guess, and join the group."""
+        settings, handler = self._settings, self._handler
+        positions = Positions(self._app.database.schema)
+        timeouts = Timeouts(settings.statement_timeout, settings.lock_timeout, settings.idle_in_transaction_timeout)
+        self._connection = WorkerConnection(self._app.database, timeouts, handler=handler.group)
+        self._stream = self._register(positions)
+        owner = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
+        self._ownership = Ownership(self._stream, positions, self._connection, self._admin, owner=owner)
+        self._executor = self._make_executor(positions)
+        config = consumer_config(settings, group=handler.group, client_id=owner)
+        config["enable.partition.eof"] = self._once
+        self._consumer = GroupConsumer(
+            config, handler.topic.name, on_assigned=self._ownership.assigned, on_revoked=self._revoked
+        )
+
+    def _register(self, positions: Positions) -> Stream:
+        topic = self._admin.describe(self._handler.topic.name)
+        offsets = self._admin.group_offsets(self._handler.group, topic.name)
+        around = Surroundings(self._admin.cluster_id(), topic.id, topic.partitions, offsets)
+        start = Start(self._handler, positions, self._admin, adopt_offsets=self._adopt_offsets)
+        declared = {handler.group for handler in self._app.handlers}
+        with self._connection.begin(f"{self._handler.group}: register") as connection:
+            return start.register(connection, around, app=self._app.name, declared=declared)
+
+    def _make_executor(self, positions: Positions) -> Executor:
+        schema = self._app.database.schema
+        return Executor(
+            self._handler,
+            self._stream,
+            Stores(positions, ProcessedMessages(schema), Outbox(schema)),
+            self._connection,
+            self._app.session_factory,
+            app_name=self._app.name,
+            # The batch ends early rather than letting the group think this member is dead.
+            budget=self._settings.max_poll_interval / 3,
+            stopping=self._draining.is_set,
+        )
+
+    def drained(self) -> bool:
+        """Every partition assigned to us has been processed to its end."""
+        if self._consumer is None or self._ownership.waiting:
+            return False
+        claimed = set(self._ownership.claims)
+        return bool(claimed) and claimed <= self._consumer.ended | set(self._blocked)
+
+    def close(self) -> None:
+        """Commit the group's offsets, release the partitions, leave the group."""
+        consumer, self._consumer = self._consumer, None
+        if consumer is None:
+            return
+        try:
+            if self._uncommitted:
+                consumer.commit(self._uncommitted, wait=True)
+            self._ownership.release()
+        except Retryable as trouble:
+            log.warning("%s: left without releasing its partitions: %s The successor claims them all the same", self.name, trouble)  # fmt: skip
+        finally:
+            consumer.close()
+            self._connection.discard()
+
+    # --- one step -------------------------------------------------------------------------------------------------------
+
+    def step(self) -> float:
+        """Claim what waits, fetch a batch, execute it, apply the outcome."""
+        consumer = self._member()
+        self._claim_waiting(consumer)
+        records = consumer.fetch(self._limit, self._patience())
+        records = [record for record in records if record.partition in self._ownership.claims]
+        if records:
+            touched = {record.partition for record in records}
+            claims = {partition: self._ownership.claims[partition] for partition in touched}
+            self._apply(consumer, self._executor.execute(records, claims), records)
+        self._keep_house(consumer)
+        return 0.0
+
+    def _patience(self) -> float:
+        return min(self._settings.max_wait, 0.1) if self._ownership.waiting else self._settings.max_wait
+
+    def _claim_waiting(self, consumer: GroupConsumer) -> None:
+        """Claim partitions that wait for it, if the group still says they are ours."""
+        for partition in self._ownership.due():
+            if partition not in consumer.assigned():
+                self._ownership.revoked([partition])
+                continue
+            try:
+                claim = self._ownership.claim_waiting(partition)
+            except Retryable as trouble:
+                self._outage(trouble)
+                return
+            self._backoff = 0.0
+            if claim is not None:
+                self._uncommitted[partition] = claim.next_offset
+                consumer.start(partition, claim.next_offset)
+
+    # --- outcomes ---------------------------------------------------------------------------------------------------------
+
+    def _apply(self, consumer: GroupConsumer, outcome: Outcome, records: list[Record]) -> None:
+        """Make claims and client follow what was committed; rewind what was not."""
+        for partition, next_offset in outcome.moved.items():
+            self._ownership.claims[partition] = self._ownership.claims[partition].moved(next_offset)
+            self._uncommitted[partition] = next_offset
+        if outcome.moved:
+            self._grow()
+        if outcome.fenced:
+            self._give_way(consumer, outcome.fenced)
+        if outcome.trouble is not None:
+            self._recover(consumer, outcome.trouble, len(records))
+        self._rewind_rest(consumer, records)
+        for failure in outcome.failed.values():
+            self._block(consumer, failure)
+
+    def _rewind_rest(self, consumer: GroupConsumer, records: list[Record]) -> None:
+        ends = {record.partition: record.offset + 1 for record in records}
+        claims = self._ownership.claims
+        consumer.rewind({p: claims[p].next_offset for p, end in ends.items() if p in claims and claims[p].next_offset != end})  # fmt: skip
+
+    def _give_way(self, consumer: GroupConsumer, partitions: set[int]) -> None:
+        log.warning("%s: fenced on partitions %s: another worker has claimed them; nothing of this batch was written", self.name, sorted(partitions))  # fmt: skip
+        events.emit("consume.fenced", partitions=sorted(partitions))
+        consumer.pause(partitions)
+        self._ownership.fenced(partitions)
+
+    def _recover(self, consumer: GroupConsumer, trouble: Retryable, size: int) -> None:
+        """After a lost connection read the rows; after a conflict run the same again, smaller."""
+        if isinstance(trouble, LostConnection):
+            log.warning("%s: %s Whether the batch was committed is read from the position rows", self.name, trouble)
+            consumer.pause(self._ownership.claims)
+            self._ownership.in_doubt()
+            return
+        if isinstance(trouble, Conflict):
+            self._limit = max(1, size // 2)
+        log.warning("%s: %s The batch was rolled back and runs again, %d messages at a time", self.name, trouble, self._limit)  # fmt: skip
+        clock.wait(self._draining, clock.jitter(0.01, 0.1))
+
+    def _grow(self) -> None:
+        if self._limit < self._largest:
+            self._limit = min(self._largest, self._limit + max(1, self._limit // 10))
+
+    def _outage(self, trouble: Retryable) -> None:
+        """The database or Kafka is away: keep the membership by polling, and try again with growing pauses."""
+        self._backoff = min(_LONGEST_BACKOFF, max(0.1, self._backoff * 2))
+        log.warning("%s: %s Waiting %.1f s; nothing is lost", self.name, trouble, self._backoff)
+        self._connection.discard()
+        self._ownership.postpone(self._backoff * clock.jitter(0.5, 1.0))
+
+    # --- a message that fails ---------------------------------------------------------------------------------------------
+
+    def _block(self, consumer: GroupConsumer, failure: Failure) -> None:
+        """Stop at a failing message: nothing behind it in its partition is processed, nothing is skipped."""
+        error = HandlerFailed(
+            f"{self._handler.group} failed at {failure.record}: {type(failure.error).__name__}: {failure.error}.",
+            remedy="Everything before it is committed; it and what follows in its partition wait. Mend the handler or "
+            "the data and start again.",
+        )
+        events.emit("consume.failed", record=failure.record, error=failure.error)
+        if self._settings.on_failure == "stop":
+            raise error from failure.error
+        log.error("%s Its partition is paused; the others go on", error, exc_info=failure.error)
+        self._blocked[failure.record.partition] = failure
+        consumer.pause([failure.record.partition])
+
+    def _revoked(self, partitions: list[int]) -> None:
+        self._ownership.revoked(partitions)
+        for partition in partitions:
+            self._blocked.pop(partition, None)
+            self._uncommitted.pop(partition, None)
+
+    # --- now and then -------------------------------------------------------------------------------------------------------
+
+    def _keep_house(self, consumer: GroupConsumer) -> None:
+        now = clock.monotonic()
+        if self._uncommitted and now >= self._next_commit:
+            self._next_commit = now + self._settings.offset_commit_interval
+            consumer.commit(self._uncommitted)
+            self._uncommitted = {}
+        if now >= self._next_topic_check:
+            self._next_topic_check = now + _TOPIC_CHECK_SECONDS
+            self._check_topic()
+        if self._blocked and now >= self._next_warning:
+            self._next_warning = now + _REPEAT_WARNING_SECONDS
+            waiting = ", ".join(str(failure.record) for failure in self._blocked.values())
+            log.error("%s: still blocked by %s; what follows there waits", self.name, waiting)
+
+    def _check_topic(self) -> None:
+        try:
+            self._ownership.check_topic_id(self._admin.describe(self._stream.topic).id)
+        except UnknownTopic as error:
+            raise deleted_topic(self._stream) from error
+        except Retryable as trouble:
+            log.info("%s: topic not checked: %s It is checked again soon", self.name, trouble)
+
+    def _member(self) -> GroupConsumer:
+        if self._consumer is None:
+            raise AssertionError(f"{self.name}: step before start")
+        return self._consumer

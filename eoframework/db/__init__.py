@@ -1,0 +1,1 @@
+"""The wall to PostgreSQL: the only place that knows SQLAlchemy and psycopg."""

@@ -1,0 +1,227 @@
+"""The position rows: where each consumer stands in each partition, and who may move it on.
+
+PostgreSQL is the truth for the position (DESIGN.md, "Central rule"): the row is moved in the same transaction as the
+effects, so reading it answers every question about what happened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import Connection, Row
+
+from eoframework.db.schema import Schema
+
+_CONSUMER = """
+INSERT INTO {eo}.consumer (name, topic) VALUES (%(name)s, %(topic)s)
+ON CONFLICT (name) DO UPDATE SET topic = excluded.topic RETURNING id
+"""
+_SIBLINGS = "SELECT name FROM {eo}.consumer WHERE topic = %(topic)s AND starts_with(name, %(prefix)s)"
+_KNOWN = """
+SELECT topic, topic_id, cluster_id, partition, next_offset, epoch, owner FROM {eo}.position
+WHERE consumer_id = %(consumer_id)s AND topic = %(topic)s ORDER BY partition
+"""
+_START = """
+INSERT INTO {eo}.position (consumer_id, topic_id, partition, topic, cluster_id, next_offset)
+SELECT %(consumer_id)s, %(topic_id)s, p, %(topic)s, %(cluster_id)s, o
+FROM unnest(%(partitions)s::int[], %(offsets)s::bigint[]) AS start(p, o) ORDER BY p
+ON CONFLICT DO NOTHING
+"""
+_CLAIM = """
+INSERT INTO {eo}.position AS p (consumer_id, topic_id, partition, topic, cluster_id, next_offset,
+    epoch, owner, backend_pid, backend_start, claimed_at)
+SELECT %(consumer_id)s, %(topic_id)s, %(partition)s, %(topic)s, %(cluster_id)s, 0,
+    1, %(owner)s, a.pid, a.backend_start, clock_timestamp()
+FROM pg_stat_activity a WHERE a.pid = pg_backend_pid()
+ON CONFLICT (consumer_id, topic_id, partition) DO UPDATE SET epoch = p.epoch + 1, owner = excluded.owner,
+    backend_pid = excluded.backend_pid, backend_start = excluded.backend_start, claimed_at = excluded.claimed_at
+RETURNING next_offset, epoch
+"""
+_RECLAIM = """
+UPDATE {eo}.position SET epoch = epoch + 1, backend_pid = a.pid, backend_start = a.backend_start,
+    claimed_at = clock_timestamp()
+FROM pg_stat_activity a WHERE a.pid = pg_backend_pid() AND consumer_id = %(consumer_id)s
+    AND topic_id = %(topic_id)s AND partition = %(partition)s AND epoch = %(epoch)s
+RETURNING next_offset, epoch
+"""
+# The rows are locked in partition order first: an UPDATE ... FROM unnest locks in join order, and two workers that
+# dispute two partitions would deadlock.
+_ADVANCE = """
+WITH fence AS (
+    SELECT * FROM unnest(%(partitions)s::int[], %(epochs)s::bigint[], %(expected)s::bigint[], %(next)s::bigint[])
+        AS f(partition, epoch, expected, next)
+), locked AS (
+    SELECT p.partition FROM {eo}.position p WHERE p.consumer_id = %(consumer_id)s AND p.topic_id = %(topic_id)s
+        AND p.partition = ANY(%(partitions)s::int[]) ORDER BY p.partition FOR NO KEY UPDATE
+)
+UPDATE {eo}.position p SET next_offset = f.next FROM fence f JOIN locked USING (partition)
+WHERE p.consumer_id = %(consumer_id)s AND p.topic_id = %(topic_id)s AND p.partition = f.partition
+    AND p.epoch = f.epoch AND p.next_offset = f.expected
+RETURNING p.partition
+"""
+_CUT = """
+UPDATE {eo}.position p SET next_offset = f.next
+FROM unnest(%(partitions)s::int[], %(next)s::bigint[]) AS f(partition, next)
+WHERE p.consumer_id = %(consumer_id)s AND p.topic_id = %(topic_id)s AND p.partition = f.partition
+"""
+_RELEASE = """
+UPDATE {eo}.position p SET owner = NULL, backend_pid = NULL, backend_start = NULL
+FROM unnest(%(partitions)s::int[], %(epochs)s::bigint[]) AS f(partition, epoch)
+WHERE p.consumer_id = %(consumer_id)s AND p.topic_id = %(topic_id)s AND p.partition = f.partition
+    AND p.epoch = f.epoch
+"""
+# xmax of the visible version is the transaction that holds the row: with it the recorded backend is terminated only
+# while it really stands in the way, never because its pid was used again.
+_TERMINATE = """
+SELECT pg_terminate_backend(a.pid) FROM {eo}.position p JOIN pg_stat_activity a
+    ON a.pid = p.backend_pid AND a.backend_start = p.backend_start AND a.backend_xid::text = p.xmax::text
+WHERE p.consumer_id = %(consumer_id)s AND p.topic_id = %(topic_id)s AND p.partition = %(partition)s
+"""
+_SET = """
+UPDATE {eo}.position SET next_offset = %(offset)s, epoch = epoch + 1 WHERE consumer_id = %(consumer_id)s
+    AND topic_id = %(topic_id)s AND partition = %(partition)s RETURNING next_offset
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """One consumer's view of one topic: what a position row belongs to."""
+
+    consumer_id: int
+    consumer: str
+    topic: str
+    topic_id: UUID
+    cluster_id: str
+
+    def key(self) -> dict[str, object]:
+        return {"consumer_id": self.consumer_id, "topic_id": self.topic_id}
+
+    def row(self) -> dict[str, object]:
+        return {**self.key(), "topic": self.topic, "cluster_id": self.cluster_id}
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """Our right to move one partition on: valid as long as the row still shows this epoch and this offset."""
+
+    partition: int
+    epoch: int
+    next_offset: int
+
+    def moved(self, next_offset: int) -> Claim:
+        return replace(self, next_offset=next_offset)
+
+
+@dataclass(frozen=True, slots=True)
+class PositionRow:
+    """A position as stored, for start-up checks and for people."""
+
+    topic: str
+    topic_id: UUID
+    cluster_id: str
+    partition: int
+    next_offset: int
+    epoch: int
+    owner: str | None
+
+
+class Positions:
+    """Reads and moves position rows; every method is one statement in the caller's transaction."""
+
+    def __init__(self, schema: Schema) -> None:
+        self._sql = {name: schema.sql(text) for name, text in _STATEMENTS.items()}
+
+    def register(self, connection: Connection, *, name: str, topic: str) -> int:
+        """The consumer's number; its row stays locked, so first starts of several workers come one after another."""
+        return int(self._one(connection, "consumer", {"name": name, "topic": topic})[0])
+
+    def siblings(self, connection: Connection, *, app: str, topic: str) -> set[str]:
+        """The names of this app's known consumers of the topic."""
+        return {row[0] for row in self._all(connection, "siblings", {"topic": topic, "prefix": f"{app}."})}
+
+    def known(self, connection: Connection, *, consumer_id: int, topic: str) -> list[PositionRow]:
+        """All rows for this topic name, also those of an earlier topic or another cluster of that name."""
+        rows = self._all(connection, "known", {"consumer_id": consumer_id, "topic": topic})
+        return [PositionRow(*row) for row in rows]
+
+    def start(self, connection: Connection, stream: Stream, offsets: Mapping[int, int]) -> None:
+        """Store where a consumer begins; a row that exists is left alone."""
+        values = {"partitions": list(offsets), "offsets": list(offsets.values())}
+        connection.exec_driver_sql(self._sql["start"], {**stream.row(), **values})
+
+    def claim(self, connection: Connection, stream: Stream, partition: int, *, owner: str) -> Claim:
+        """Take the partition over: everybody who held it before can change nothing any more.
+
+        Waits for a transaction of the previous owner that is still open. A partition without a row appeared after
+        the consumer's first start and begins at 0.
+        """
+        found = self._one(connection, "claim", {**stream.row(), "partition": partition, "owner": owner})
+        return Claim(partition, epoch=found[1], next_offset=found[0])
+
+    def claim_again(self, connection: Connection, stream: Stream, claim: Claim) -> Claim | None:
+        """Renew our own claim after a doubt, None when somebody else has taken over meanwhile.
+
+        Waits on the row lock of our own transaction if that one is still being committed, so what it returns is what
+        happened: a plain SELECT could read the value from before.
+        """
+        values = {**stream.key(), "partition": claim.partition, "epoch": claim.epoch}
+        found = self._all(connection, "reclaim", values)
+        return Claim(claim.partition, epoch=found[0][1], next_offset=found[0][0]) if found else None
+
+    def advance(self, connection: Connection, stream: Stream, claims: Iterable[Claim], to: Mapping[int, int]) -> set[int]:
+        """Move the positions on; returns the partitions that are no longer ours (empty: all moved).
+
+        `next_offset = expected` and not `<=`: the weaker guard would accept a row that somebody else wrote.
+        """
+        held = sorted(claims, key=lambda claim: claim.partition)
+        values = {
+            "partitions": [claim.partition for claim in held],
+            "epochs": [claim.epoch for claim in held],
+            "expected": [claim.next_offset for claim in held],
+            "next": [to[claim.partition] for claim in held],
+        }
+        moved = {row[0] for row in self._all(connection, "advance", {**stream.key(), **values})}
+        return {claim.partition for claim in held} - moved
+
+    def cut(self, connection: Connection, stream: Stream, to: Mapping[int, int]) -> None:
+        """Take part of an `advance` of this same transaction back; the rows are locked and ours."""
+        values = {"partitions": list(to), "next": list(to.values())}
+        connection.exec_driver_sql(self._sql["cut"], {**stream.key(), **values})
+
+    def release(self, connection: Connection, stream: Stream, claims: Iterable[Claim]) -> None:
+        """Say that we left cleanly; changes nothing where a successor has claimed already."""
+        held = sorted(claims, key=lambda claim: claim.partition)
+        values = {"partitions": [c.partition for c in held], "epochs": [c.epoch for c in held]}
+        connection.exec_driver_sql(self._sql["release"], {**stream.key(), **values})
+
+    def terminate_holder(self, connection: Connection, stream: Stream, partition: int) -> bool:
+        """End the recorded backend if it holds the row: a frozen owner in ClientWrite meets no timeout otherwise."""
+        return bool(self._all(connection, "terminate", {**stream.key(), "partition": partition}))
+
+    def set(self, connection: Connection, stream: Stream, partition: int, offset: int) -> bool:
+        """An operator's move: fences the owner, who claims again and starts there. False without such a row."""
+        return bool(self._all(connection, "set", {**stream.key(), "partition": partition, "offset": offset}))
+
+    def _all(self, connection: Connection, name: str, values: dict[str, object]) -> list[Row[Any]]:
+        return list(connection.exec_driver_sql(self._sql[name], values))
+
+    def _one(self, connection: Connection, name: str, values: dict[str, object]) -> Row[Any]:
+        return self._all(connection, name, values)[0]
+
+
+_STATEMENTS = {
+    "consumer": _CONSUMER,
+    "siblings": _SIBLINGS,
+    "known": _KNOWN,
+    "start": _START,
+    "claim": _CLAIM,
+    "reclaim": _RECLAIM,
+    "advance": _ADVANCE,
+    "cut": _CUT,
+    "release": _RELEASE,
+    "terminate": _TERMINATE,
+    "set": _SET,
+}

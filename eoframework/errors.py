@@ -1,0 +1,104 @@
+"""Every error eoframework raises, named by what the reader has to do about it.
+
+`exit_code` is what `eo` ends with when the error reaches the command line (DESIGN.md, "Exit codes").
+"""
+
+from __future__ import annotations
+
+
+class EoError(Exception):
+    """Something went wrong; `what` says what and where, `remedy` says what to do."""
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, remedy: str = "") -> None:
+        super().__init__(f"{what} {remedy}".strip())
+        self.what = what
+        self.remedy = remedy
+
+
+# --- a restart will not help: the program or its surroundings must change ---------------------------------------
+
+
+class ConfigurationError(EoError):
+    """A setting, a file or the environment is wrong; nothing was started."""
+
+    exit_code = 3
+
+
+class DeclarationError(ConfigurationError):
+    """An App, Topic or handler is declared wrongly; names the file and line of the declaration."""
+
+
+class SchemaOutOfDate(ConfigurationError):
+    """The database schema is older or newer than this code; nothing was read or written."""
+
+
+class NotFound(EoError):
+    """The thing named on the command line does not exist."""
+
+    exit_code = 5
+
+
+class Unreachable(EoError):
+    """Kafka or PostgreSQL cannot be reached; nothing is lost, the work waits."""
+
+    exit_code = 69
+
+
+class FailClosed(EoError):
+    """Stopped to protect data: going on would mean guessing. A person must look; nothing was skipped."""
+
+    exit_code = 70
+
+
+class HandlerFailed(FailClosed):
+    """A message keeps failing and blocks its partition; it was neither processed nor skipped."""
+
+
+class RestartNeeded(EoError):
+    """This process cannot go on, a new one can: fenced, or a fatal client error. Nothing half-done remains."""
+
+    exit_code = 75
+
+
+# --- the four classes of the two walls: by what the caller must do -----------------------------------------------
+
+
+class Retryable(EoError):
+    """Nothing happened, or it was rolled back: the same work may run again."""
+
+
+class LostConnection(Retryable):
+    """The connection broke; whether a COMMIT under way happened is to be read from the database, never guessed."""
+
+
+class Conflict(Retryable):
+    """Deadlock, serialization failure or lock timeout: rolled back by the server; run again, smaller."""
+
+
+class Permanent(EoError):
+    """The same work will fail again in the same way."""
+
+
+class Abortable(EoError):
+    """The Kafka transaction must be aborted and its producer replaced before anything else is tried."""
+
+
+class Fenced(EoError):
+    """Another owner has taken over; this one may change nothing any more."""
+
+
+# --- what a user's code did ----------------------------------------------------------------------------------------
+
+
+class HandlerMisuse(Permanent):
+    """A handler did something that would break exactly-once processing; its unit of work was rolled back."""
+
+
+class DecodeError(Permanent):
+    """A record's bytes do not make the topic's payload; the record alone fails, not its batch."""
+
+
+class EncodeError(Permanent):
+    """A payload, key or header cannot be written for its topic; nothing was published."""

@@ -1,0 +1,121 @@
+"""Real services for every test: one broker and one server for the run, a fresh database and fresh topics for each test."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from sqlalchemy import create_engine, make_url, text
+
+from eoframework import dev
+from eoframework.db import migrating
+from eoframework.db.schema import Schema
+from eoframework.db.session import Database, open_database
+from eoframework.kafka.admin import Admin
+from eoframework.settings import Settings
+
+MakeTopic = Callable[..., str]
+
+
+@dataclass(frozen=True)
+class Addresses:
+    """Where the run's services answer."""
+
+    database_url: str
+    bootstrap_servers: str
+
+
+@pytest.fixture(scope="session")
+def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Addresses]:
+    """The services that EO_ settings point at, else our own for the length of the run."""
+    url, servers = os.environ.get("EO_DATABASE_URL"), os.environ.get("EO_KAFKA_BOOTSTRAP_SERVERS")
+    if url and servers:
+        yield Addresses(url, servers)
+        return
+    with dev.start(tmp_path_factory.mktemp("services") / ".eo") as started:
+        yield Addresses(started.database_url, started.bootstrap_servers)
+
+
+@pytest.fixture(scope="session")
+def template(services: Addresses) -> Iterator[str]:
+    """A migrated database to copy: migrating for each test would cost more than most tests."""
+    with database_named(services, f"eo_template_{uuid.uuid4().hex[:12]}") as url:
+        database = open_database(url, Schema())
+        migrating.upgrade(database)
+        database.engine.dispose()
+        yield url
+
+
+@pytest.fixture
+def database_url(services: Addresses, template: str) -> Iterator[str]:
+    """The URL of a fresh migrated database."""
+    source = make_url(template).database
+    with database_named(services, f"eo_test_{uuid.uuid4().hex[:12]}", source=source) as url:
+        yield url
+
+
+@pytest.fixture
+def database(database_url: str) -> Iterator[Database]:
+    """A fresh migrated database."""
+    opened = open_database(database_url, Schema())
+    yield opened
+    opened.engine.dispose()
+
+
+@pytest.fixture
+def settings(services: Addresses, database_url: str) -> Settings:
+    """Settings of this test's database and the run's broker."""
+    return make_settings(database_url, services.bootstrap_servers)
+
+
+def make_settings(database_url: str, bootstrap_servers: str, **overrides: object) -> Settings:
+    return Settings.load(database_url=database_url, kafka_bootstrap_servers=bootstrap_servers, **overrides)
+
+
+@pytest.fixture
+def make_topic(settings: Settings) -> MakeTopic:
+    """Creates a topic with a name nobody else has."""
+    admin = Admin(settings)
+
+    def make(prefix: str = "t", *, partitions: int = 1, config: Mapping[str, str] | None = None) -> str:
+        name = f"{prefix}.{uuid.uuid4().hex[:10]}"
+        admin.create(name, partitions=partitions, replicas=1, config=dict(config or {}))
+        return name
+
+    return make
+
+
+@pytest.fixture
+def topic_name(make_topic: MakeTopic) -> str:
+    """A fresh topic with one partition."""
+    return make_topic()
+
+
+class database_named:  # noqa: N801 - used as a context manager, reads as a function
+    """Creates a database, yields its URL, drops it with whoever is still connected."""
+
+    def __init__(self, services: Addresses, name: str, *, source: str | None = None) -> None:
+        self._admin_url = make_url(services.database_url)
+        self._name = name
+        self._source = source
+
+    def __enter__(self) -> str:
+        template = f' TEMPLATE "{self._source}"' if self._source else ""
+        self._run(f'CREATE DATABASE "{self._name}"{template}')
+        return self._admin_url.set(database=self._name).render_as_string(hide_password=False)
+
+    def __exit__(self, *_: object) -> None:
+        self._run(f'DROP DATABASE "{self._name}" WITH (FORCE)')
+
+    def _run(self, statement: str) -> None:
+        engine = create_engine(self._admin_url, isolation_level="AUTOCOMMIT")
+        with engine.connect() as connection:
+            connection.execute(text(statement))
+        engine.dispose()
+
+
+REPOSITORY = Path(__file__).resolve().parent.parent
