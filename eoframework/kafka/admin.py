@@ -186,9 +186,8 @@ class Admin:
 
     def watermarks(self, topic: str, partition: int) -> tuple[int, int]:
         """The first offset kept and the offset the next record gets. Raises UnknownTopic, NotAuthorized."""
-        return self._offset(topic, partition, OffsetSpec.earliest()), self._offset(
-            topic, partition, OffsetSpec.latest()
-        )
+        spec: Any = OffsetSpec  # its stubs leave these untyped
+        return self._offset(topic, partition, spec.earliest()), self._offset(topic, partition, spec.latest())
 
     def _offset(self, topic: str, partition: int, spec: Any) -> int:
         where = TopicPartition(topic, partition)
