@@ -1,0 +1,45 @@
+"""Exactly-once processing on Apache Kafka and PostgreSQL."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from eoframework.app import App as App
+    from eoframework.codec import Codec as Codec
+    from eoframework.errors import ConfigurationError as ConfigurationError
+    from eoframework.errors import DeclarationError as DeclarationError
+    from eoframework.errors import DecodeError as DecodeError
+    from eoframework.errors import EncodeError as EncodeError
+    from eoframework.errors import EoError as EoError
+    from eoframework.errors import HandlerMisuse as HandlerMisuse
+    from eoframework.message import Message as Message
+    from eoframework.topic import Topic as Topic
+    from eoframework.tx import Tx as Tx
+
+_HOMES = {
+    # declaring
+    "App": "app",
+    "Topic": "topic",
+    "Codec": "codec",
+    # inside a handler
+    "Message": "message",
+    "Tx": "tx",
+    # errors
+    "EoError": "errors",
+    "ConfigurationError": "errors",
+    "DeclarationError": "errors",
+    "DecodeError": "errors",
+    "EncodeError": "errors",
+    "HandlerMisuse": "errors",
+}
+
+__all__ = [*_HOMES]  # noqa: PLE0604 - the names above, once
+
+
+def __getattr__(name: str) -> object:
+    # `eo --help` imports this package too, and SQLAlchemy with pydantic take 0.6 s: a name is loaded when it is used.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,272 @@
+"""The App: what handles which topic, and publishing from anywhere. Opens nothing until it is asked to."""
+
+from __future__ import annotations
+
+import re
+import sys
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from datetime import datetime, timedelta
+from typing import Any, Concatenate, Generic, ParamSpec, overload
+from uuid import UUID
+
+from sqlalchemy import Engine
+from sqlalchemy.orm import Session, sessionmaker
+from typing_extensions import TypeVar
+
+from eoframework.db import publishing
+from eoframework.db.outbox import Outbox
+from eoframework.db.publishing import PublishTarget
+from eoframework.db.schema import Schema
+from eoframework.db.session import Database, open_database
+from eoframework.errors import ConfigurationError, DeclarationError
+from eoframework.handlers import Handler, Start, declare
+from eoframework.message import Message
+from eoframework.settings import Settings
+from eoframework.topic import Part, Topic
+from eoframework.tx import tx_of
+from eoframework.where import declaring_frame, location
+
+T = TypeVar("T")
+P = ParamSpec("P")
+
+_NAME = re.compile(r"[a-z0-9._-]{1,100}")
+
+_identity = id
+
+
+class HandlerDecorator(Generic[T]):
+    """`@app.handler(topic)`: takes a function of the topic's payload or Message, returns it unchanged."""
+
+    def __init__(self, register: Callable[[Callable[..., object]], None]) -> None:
+        self._register = register
+
+    @overload
+    def __call__(
+        self, function: Callable[Concatenate[Message[T], P], None]
+    ) -> Callable[Concatenate[Message[T], P], None]: ...
+    @overload
+    def __call__(self, function: Callable[Concatenate[T, P], None]) -> Callable[Concatenate[T, P], None]: ...
+    def __call__(self, function: Callable[..., None]) -> Callable[..., None]:
+        self._register(function)
+        return function
+
+
+class BatchHandlerDecorator(Generic[T]):
+    """`@app.batch_handler(topic)`: takes a function of a list of payloads or Messages, returns it unchanged."""
+
+    def __init__(self, register: Callable[[Callable[..., object]], None]) -> None:
+        self._register = register
+
+    @overload
+    def __call__(
+        self, function: Callable[Concatenate[list[Message[T]], P], None]
+    ) -> Callable[Concatenate[list[Message[T]], P], None]: ...
+    @overload
+    def __call__(
+        self, function: Callable[Concatenate[list[T], P], None]
+    ) -> Callable[Concatenate[list[T], P], None]: ...
+    def __call__(self, function: Callable[..., None]) -> Callable[..., None]:
+        self._register(function)
+        return function
+
+
+class App:
+    """A named set of handlers over one database. Its name is part of every consumer group: choose it for good."""
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        engine: Engine | None = None,
+        session_factory: sessionmaker[Session] | None = None,
+        settings: Settings | None = None,
+        topics: Iterable[Topic[Any]] = (),
+    ) -> None:
+        """Declare an app; connects to nothing.
+
+        engine, session_factory: default from the settings (EO_DATABASE_URL). topics: those that only some other module
+        names, for `eo topics apply`. Raises DeclarationError.
+        """
+        frame = declaring_frame()
+        self.where = location(frame)
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise DeclarationError(
+                f"{self.where}: App({name!r}): the name is not usable.", remedy="Use 1 to 100 of a-z 0-9 . _ -"
+            )
+        self.name = name
+        self._engine = engine
+        self._session_factory = session_factory
+        self._settings = settings
+        self._database: Database | None = None
+        self._outbox: Outbox | None = None
+        self._handlers: dict[str, Handler] = {}
+        self._topics: dict[int, Topic[Any]] = {_identity(topic): topic for topic in topics}
+        self._modules = {str(frame.f_globals.get("__name__"))}
+        # Web servers publish from many threads; two engines made at once would mean two pools.
+        self._lock = threading.RLock()
+
+    def __repr__(self) -> str:
+        return f"App({self.name!r})"
+
+    # --- declaring ---
+
+    def handler(self, topic: Topic[T], *, name: str | None = None, start: Start = "earliest") -> HandlerDecorator[T]:
+        """Call the decorated function for every message of `topic`, each in one database transaction.
+
+        On a crash: what the function did through `tx` was committed together with the message's position, or not at
+        all, and then the function runs again.
+        The function takes `(payload)`, `(payload, tx: Tx)` or `(message: Message[T], tx: Tx)`; it stays a plain function.
+        name: default the function's; it names the consumer group `<app>.<name>`: keep it when the function is renamed.
+        start: where a consumer that has never run begins. Raises DeclarationError with file and line.
+        """
+        return HandlerDecorator(lambda f: self._declare(f, topic, name=name, start=start, batch=False, max_batch=None))
+
+    def batch_handler(
+        self, topic: Topic[T], *, name: str | None = None, max_batch: int | None = None, start: Start = "earliest"
+    ) -> BatchHandlerDecorator[T]:
+        """Call the decorated function with lists of messages of `topic`, each list in one database transaction.
+
+        On a crash: as for `handler`, for the list as a whole. A list that fails is run again message by message.
+        The function takes `(batch: list[T], tx: Tx)` or `(batch: list[Message[T]], tx: Tx)`.
+        max_batch: at most so many messages, default from the settings. Raises DeclarationError with file and line.
+        """
+        return BatchHandlerDecorator(
+            lambda f: self._declare(f, topic, name=name, start=start, batch=True, max_batch=max_batch)
+        )
+
+    @property
+    def handlers(self) -> tuple[Handler, ...]:
+        """The handlers, in the order of their declaration."""
+        return tuple(self._handlers.values())
+
+    @property
+    def topics(self) -> tuple[Topic[Any], ...]:
+        """Every topic known here: read by a handler, given to the App, published to, or named in one of its modules.
+
+        The modules are the App's own and those of its handlers; a topic that is only published appears in them by the
+        name it is used by.
+        """
+        found = dict(self._topics)
+        for module in sorted(self._modules | {handler.function.__module__ for handler in self.handlers}):
+            for value in list(vars(sys.modules[module]).values()) if module in sys.modules else ():
+                if isinstance(value, Topic):
+                    found.setdefault(_identity(value), value)
+        return tuple(found.values())
+
+    # --- what the worker needs ---
+
+    @property
+    def settings(self) -> Settings:
+        """The settings, loaded when first asked for. Raises ConfigurationError."""
+        with self._lock:
+            if self._settings is None:
+                self._settings = Settings.load()
+            return self._settings
+
+    @property
+    def database(self) -> Database:
+        """The database of the handlers: the engine given, else the one the settings name. Raises ConfigurationError."""
+        with self._lock:
+            if self._database is None:
+                schema = Schema(self.settings.database_schema)
+                engine = self._given_engine()
+                url = self.settings.require_database_url() if engine is None else ""
+                self._database = Database(engine, schema) if engine is not None else open_database(url, schema)
+            return self._database
+
+    @property
+    def session_factory(self) -> sessionmaker[Session]:
+        """Makes the Sessions that handlers get."""
+        with self._lock:
+            if self._session_factory is None:
+                self._session_factory = sessionmaker(self.database.engine)
+            return self._session_factory
+
+    def _given_engine(self) -> Engine | None:
+        engine = self._engine
+        if engine is None and self._session_factory is not None:
+            engine = self._session_factory.kw.get("bind")
+        if engine is not None and not isinstance(engine, Engine):
+            raise ConfigurationError(
+                f"{self!r} has a {type(engine).__name__} for an engine.",
+                remedy="Handlers run in threads: give create_engine(...)'s; AsyncSessions can publish without it.",
+            )
+        return engine
+
+    # --- publishing ---
+
+    def publish(
+        self,
+        target: PublishTarget,
+        topic: Topic[T],
+        payload: T,
+        *,
+        key: Part | None = None,
+        id: UUID | str | None = None,  # noqa: A002 - the user's word for it
+        headers: Mapping[str, str | bytes] | None = None,
+        delay: timedelta | float | None = None,
+        deliver_at: datetime | None = None,
+    ) -> None:
+        """Publish `payload` if and when the transaction of `target` commits; never otherwise, and once.
+
+        On a crash: it stands in Kafka once if the transaction was committed, not at all if it was not. Messages of one
+        key reach their topic in the order of their commits. A savepoint rolled back takes along what was published
+        inside; a Session joined to an outer transaction publishes with that. SAVEPOINT, COMMIT or ROLLBACK sent as text
+        is not seen. Not a coroutine, also for an AsyncSession.
+        key: overrides the topic's. id: names the message for consumers, unique in its topic over all publishers.
+        delay: seconds or a timedelta; deliver_at: an aware datetime. A delayed message leaves its key's order.
+        Raises EncodeError at once; ConfigurationError for AUTOCOMMIT and two-phase transactions.
+        """
+        self._topics.setdefault(_identity(topic), topic)
+        session = publishing.session_of(target)
+        tx = tx_of(session) if session is not None else None
+        if tx is not None:
+            # A handler's Session: its messages are written with its position, and get ids that a re-run repeats.
+            tx.publish(topic, payload, key=key, id=id, headers=headers, delay=delay, deliver_at=deliver_at)
+            return
+        message = topic.encode(
+            payload, source=self.name, key=key, id=id, headers=headers, delay=delay, deliver_at=deliver_at
+        )
+        publishing.publish(target, self._publishing_outbox(), message)
+
+    def _publishing_outbox(self) -> Outbox:
+        if self._outbox is None:
+            with self._lock:
+                self._outbox = self._outbox or Outbox(Schema(self.settings.database_schema))
+        return self._outbox
+
+    def _declare(
+        self,
+        function: Callable[..., object],
+        topic: Topic[Any],
+        *,
+        name: str | None,
+        start: Start,
+        batch: bool,
+        max_batch: int | None,
+    ) -> None:
+        if not isinstance(topic, Topic):
+            raise DeclarationError(
+                f"{location(declaring_frame())}: {self!r}: {topic!r} is no Topic.",
+                remedy="Write @app.handler(topic) with a Topic.",
+            )
+        handler = declare(
+            function,
+            topic,
+            app_name=self.name,
+            name=name,
+            batch=batch,
+            max_batch=max_batch,
+            start=start,
+            names=declaring_frame().f_locals,
+        )
+        first = self._handlers.get(handler.name)
+        if first is not None:
+            raise DeclarationError(
+                f"{handler.where}: handler {handler.name!r} is declared a second time (first: {first.where}): both "
+                f"would be the group {handler.group!r}, and each would get only a part of the messages.",
+                remedy="Give one of them another name='...'.",
+            )
+        self._handlers[handler.name] = handler
+        self._topics.setdefault(_identity(topic), topic)

@@ -1,0 +1,90 @@
+"""CloudEvents in Kafka's binary mode: the headers we write, and the message id we read out of foreign ones.
+
+Source: CloudEvents 1.0.2 and its Kafka protocol binding, "binary content mode".
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from uuid import UUID
+
+from eoframework.message import Headers, parse_id
+
+MESSAGE_ID = "message-id"
+RESERVED = frozenset({MESSAGE_ID, "content-type"})
+RESERVED_PREFIX = "ce_"
+
+MAX_ID_BYTES = 1024
+MAX_HEADERS = 1000
+
+
+def is_reserved(name: str) -> bool:
+    """Whether a header is ours to write; asked without regard to case, since readers differ in that."""
+    lowered = name.lower()
+    return lowered in RESERVED or lowered.startswith(RESERVED_PREFIX)
+
+
+def outgoing_headers(
+    *,
+    id: UUID,  # noqa: A002 - the CloudEvents attribute
+    source: str,
+    type: str,  # noqa: A002 - the CloudEvents attribute
+    time: datetime,
+    content_type: str,
+    headers: Headers = (),
+    traceparent: str | None = None,
+) -> list[tuple[str, bytes | None]]:
+    """The headers of a record the relay writes: CloudEvents attributes, `message-id`, then the publisher's own.
+
+    `message-id` repeats `ce_id`: so a reader knows that the id was made to be unique by itself (`incoming_id`).
+    """
+    text = [
+        ("ce_specversion", "1.0"),
+        ("ce_id", str(id)),
+        ("ce_source", source),
+        ("ce_type", type),
+        ("ce_time", time.astimezone(UTC).isoformat()),
+        ("content-type", content_type),
+        (MESSAGE_ID, str(id)),
+    ]
+    own: list[tuple[str, bytes | None]] = [(name, value.encode()) for name, value in text]
+    if traceparent is not None and not any(name.lower() == "traceparent" for name, _ in headers):
+        own.append(("traceparent", traceparent.encode()))
+    return own + list(headers)
+
+
+def incoming_id(headers: Headers, *, topic: str) -> UUID | None:
+    """The id a producer gave its message, None when it gave none that can be read. Never raises.
+
+    CloudEvents say that source *and* id together name an event: two sources may count 1, 2, 3, or both use the id of
+    the order they speak of. The id alone would make the second one a duplicate, which is silent loss; so both are
+    folded into one. Only when `message-id` repeats a `ce_id` that is a UUID is it taken as it stands: that is what we
+    write, and those ids are unique by themselves. Otherwise `message-id` counts, within its topic.
+    """
+    if len(headers) > MAX_HEADERS:
+        return None
+    found = dict(headers)
+    event_id, source = _text(found.get("ce_id")), _text(found.get("ce_source"))
+    own = _text(found.get(MESSAGE_ID))
+    if event_id and source:
+        if own == event_id and _is_canonical(own):
+            return UUID(own)
+        return parse_id(f"{len(source)}:{source}{event_id}", namespace="ce:source+id")
+    return parse_id(own, namespace=topic) if own else None
+
+
+def _text(value: bytes | None) -> str | None:
+    # Hostile or broken headers count as absent: the position still protects the message.
+    if not value or len(value) > MAX_ID_BYTES:
+        return None
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return None
+
+
+def _is_canonical(text: str) -> bool:
+    try:
+        return str(UUID(text)) == text
+    except ValueError:
+        return False

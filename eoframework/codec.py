@@ -1,0 +1,59 @@
+"""How payloads become bytes and back."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from pydantic import TypeAdapter
+from typing_extensions import TypeVar
+
+T = TypeVar("T")
+
+
+class Codec(Protocol[T]):
+    """Turns a payload into a record's value and back.
+
+    Both methods may raise anything: it becomes an EncodeError at the publishing call, or a DecodeError that fails this
+    one record. They must not depend on anything but their argument: a message may be decoded again after a crash.
+    None never reaches a codec; a tombstone has no value.
+    """
+
+    @property
+    def content_type(self) -> str:
+        """The media type, sent as the `content-type` header."""
+        ...
+
+    def encode(self, payload: T) -> bytes: ...
+
+    def decode(self, data: bytes) -> T: ...
+
+
+class JsonCodec:
+    """JSON by pydantic: models, dataclasses, TypedDicts, dicts, unions. Refuses a payload of another type."""
+
+    content_type = "application/json"
+
+    def __init__(self, payload_type: Any) -> None:
+        self._adapter: TypeAdapter[Any] = TypeAdapter(payload_type)
+
+    def encode(self, payload: Any) -> bytes:
+        # pydantic only warns about a payload that is not of the declared type, and writes it: the reader of the topic
+        # would be the one to find out.
+        return self._adapter.dump_json(payload, warnings="error")
+
+    def decode(self, data: bytes) -> Any:
+        return self._adapter.validate_json(data)
+
+
+class BytesCodec:
+    """The value as it is."""
+
+    content_type = "application/octet-stream"
+
+    def encode(self, payload: Any) -> bytes:
+        if not isinstance(payload, bytes):
+            raise TypeError(f"expected bytes, not {type(payload).__name__}")
+        return payload
+
+    def decode(self, data: bytes) -> bytes:
+        return data

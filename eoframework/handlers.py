@@ -1,0 +1,198 @@
+"""What `@app.handler` makes of a function: a checked declaration that the executor can call."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import FunctionType
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+
+from eoframework.errors import DeclarationError, HandlerMisuse
+from eoframework.message import Message
+from eoframework.payload_types import accepts, unwrap
+from eoframework.topic import Topic
+from eoframework.tx import Tx
+
+Start = Literal["earliest", "latest"]
+
+# No dot: the group is "<app>.<handler>", and two pairs must not make the same group.
+_NAME = re.compile(r"[a-z0-9_-]{1,100}")
+_BATCH_TYPES = (list, Sequence)
+
+
+@dataclass(frozen=True, slots=True)
+class Handler:
+    """A named subscription of one topic: the function, and how it wants to be called."""
+
+    name: str
+    group: str
+    """Kafka's consumer group and the consumer's name in the database: `<app>.<name>`."""
+    topic: Topic[Any]
+    function: Callable[..., object]
+    batch: bool
+    max_batch: int | None
+    start: Start
+    where: str
+    """`file:line` of the declaration."""
+    takes_messages: bool = False
+    """Called with a Message, or a list of them, rather than with bare payloads."""
+    takes_tx: bool = True
+
+    def call(self, message: Message[Any], tx: Tx) -> None:
+        """Run the function for one message; whatever it raises comes out as it is."""
+        self._run(message if self.takes_messages else message.payload, tx)
+
+    def call_batch(self, messages: Sequence[Message[Any]], tx: Tx) -> None:
+        """Run the function for a list of messages; whatever it raises comes out as it is."""
+        self._run(list(messages) if self.takes_messages else [message.payload for message in messages], tx)
+
+    def describe_guarantee(self) -> str:
+        """The handler's effective guarantee in one line, for the banner."""
+        text = "exactly-once processing per message id"
+        if self.topic.has_id:
+            return f"{text} (from the message, else from the payload)"
+        return f"{text}; a message without an id is protected by its position alone: its producer's duplicates count"
+
+    def _run(self, argument: object, tx: Tx) -> None:
+        result = self.function(argument, tx) if self.takes_tx else self.function(argument)
+        # A forgotten await or a `yield` means that the body has not run, and the message would count as processed.
+        if inspect.isawaitable(result) or inspect.isgenerator(result):
+            if inspect.iscoroutine(result):
+                result.close()
+            raise HandlerMisuse(
+                f"{self.group} ({self.where}) returned a {type(result).__name__}: its code has not run.",
+                remedy=_NO_ASYNC,
+            )
+
+
+def declare(
+    function: Callable[..., object],
+    topic: Topic[Any],
+    *,
+    app_name: str,
+    name: str | None,
+    batch: bool,
+    max_batch: int | None = None,
+    start: Start = "earliest",
+    names: Mapping[str, Any] | None = None,
+) -> Handler:
+    """Check a function's signature against its topic. `names` resolve annotations of local classes.
+
+    Raises DeclarationError with the function's file and line.
+    """
+    if not isinstance(function, FunctionType):
+        raise DeclarationError(
+            f"App({app_name!r}): {function!r} is no handler.", remedy="Decorate a function defined with def."
+        )
+    check = _Check(function, topic)
+    check.plain()
+    handler_name = name if name is not None else function.__name__
+    if not _NAME.fullmatch(handler_name):
+        check.refuse(f"the name {handler_name!r}.", "Use 1 to 100 of a-z 0-9 _ - : give name='...'.")
+    if start not in get_args(Start):
+        check.refuse(f"start={start!r}.", "Use 'earliest' or 'latest'.")
+    if max_batch is not None and max_batch < 1:
+        check.refuse(f"max_batch={max_batch}.", "A batch has at least one message.")
+    takes_messages, takes_tx = check.signature(batch=batch, names=names or {})
+    return Handler(
+        name=handler_name,
+        group=f"{app_name}.{handler_name}",
+        topic=topic,
+        function=function,
+        batch=batch,
+        max_batch=max_batch,
+        start=start,
+        where=check.where,
+        takes_messages=takes_messages,
+        takes_tx=takes_tx,
+    )
+
+
+class _Check:
+    """Reads one function's signature; every complaint names the function's place."""
+
+    def __init__(self, function: FunctionType, topic: Topic[Any]) -> None:
+        self._function = function
+        self._topic = topic
+        code = inspect.unwrap(function).__code__
+        self.where = f"{code.co_filename}:{code.co_firstlineno}"
+
+    def refuse(self, what: str, remedy: str, cause: Exception | None = None) -> NoReturn:
+        message = f"{self.where}: handler {self._function.__name__}: {what}"
+        raise DeclarationError(message, remedy=remedy) from cause
+
+    def plain(self) -> None:
+        function = self._function
+        if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+            self.refuse("it is async.", _NO_ASYNC)
+        if inspect.isgeneratorfunction(function):
+            self.refuse("it is a generator.", "Its body would never run: publish with tx.publish(...), do not yield.")
+
+    def signature(self, *, batch: bool, names: Mapping[str, Any]) -> tuple[bool, bool]:
+        """Whether the function wants Messages, and whether it wants the Tx."""
+        first, *rest = self._parameters()
+        hints = self._hints(names)
+        if hints.get("return", type(None)) not in (None, type(None)):
+            self.refuse("it returns something, which nobody would get.", "Annotate `-> None`; publish with tx.publish.")
+        if rest and hints.get(rest[0]) is not Tx:
+            self.refuse(f"parameter {rest[0]!r} is not annotated as Tx.", "Write `tx: Tx`.")
+        if first not in hints:
+            self.refuse(f"parameter {first!r} has no annotation.", f"Write `{first}: {self._wanted(batch=batch)}`.")
+        annotation = unwrap(hints[first])
+        element = self._element(annotation, first) if batch else annotation
+        return self._wants_message(element, first, annotation, batch=batch), bool(rest)
+
+    def _parameters(self) -> list[str]:
+        parameters = inspect.signature(self._function).parameters.values()
+        usual = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        if not 1 <= len(parameters) <= 2 or any(parameter.kind not in usual for parameter in parameters):
+            self.refuse("it must take the payload or Message, and after it at most `tx: Tx`.", _SHAPES)
+        return [parameter.name for parameter in parameters]
+
+    def _hints(self, names: Mapping[str, Any]) -> dict[str, Any]:
+        try:
+            return get_type_hints(self._function, localns=dict(names), include_extras=True)
+        except Exception as error:  # noqa: BLE001 - annotations are any code; NameError is the usual one
+            self.refuse(
+                f"its annotations cannot be resolved: {error}.",
+                "Import the type where the handler is defined, not only under TYPE_CHECKING.",
+                error,
+            )
+
+    def _element(self, annotation: Any, name: str) -> Any:
+        arguments = get_args(annotation)
+        if get_origin(annotation) not in _BATCH_TYPES or len(arguments) != 1:
+            wanted = self._wanted(batch=True)
+            self.refuse(f"parameter {name!r} of a batch handler is {annotation!r}.", f"Write `{name}: {wanted}`.")
+        return unwrap(arguments[0])
+
+    def _wants_message(self, element: Any, name: str, annotation: Any, *, batch: bool) -> bool:
+        if element is Message:
+            return True
+        is_message = get_origin(element) is Message
+        inner = get_args(element)[0] if is_message else element
+        if not accepts(inner, self._topic.payload_type):
+            self.refuse(
+                f"parameter {name!r} is {_shown(annotation)}, but {self._topic!r} carries "
+                f"{_shown(self._topic.payload_type)}.",
+                f"Write `{name}: {self._wanted(batch=batch)}`.",
+            )
+        return is_message
+
+    def _wanted(self, *, batch: bool) -> str:
+        payload = _shown(self._topic.payload_type)
+        return f"list[Message[{payload}]]" if batch else payload
+
+
+def _shown(annotation: Any) -> str:
+    bare = unwrap(annotation)
+    return bare.__name__ if isinstance(bare, type) and not get_args(bare) else str(bare)
+
+
+_NO_ASYNC = (
+    "Write a plain `def`: a handler runs on the polling thread, inside one database transaction that an event loop "
+    "could interleave with others. For outside calls publish a message and let another process act on it."
+)
+_SHAPES = "Write (payload: T, tx: Tx), (message: Message[T], tx: Tx), or for a batch (batch: list[Message[T]], tx: Tx)."
