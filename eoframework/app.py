@@ -22,8 +22,9 @@ from eoframework.db.session import Database, open_database
 from eoframework.errors import ConfigurationError, DeclarationError
 from eoframework.handlers import Handler, Start, declare
 from eoframework.message import Message
+from eoframework.parts import Part
 from eoframework.settings import Settings
-from eoframework.topic import Part, Topic
+from eoframework.topic import Topic
 from eoframework.tx import tx_of
 from eoframework.where import declaring_frame, location
 
@@ -116,7 +117,7 @@ class App:
 
         On a crash: what the function did through `tx` was committed together with the message's position, or not at
         all, and then the function runs again.
-        The function takes `(payload)`, `(payload, tx: Tx)` or `(message: Message[T], tx: Tx)`; it stays a plain function.
+        The function takes `(payload)`, `(payload, tx: Tx)` or `(message: Message[T], tx: Tx)`, and stays plain.
         name: default the function's; it names the consumer group `<app>.<name>`: keep it when the function is renamed.
         start: where a consumer that has never run begins. Raises DeclarationError with file and line.
         """

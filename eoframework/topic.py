@@ -189,7 +189,7 @@ class Topic(Generic[T]):
             detail = str(error).split("\n", 1)[0]
             self._refuse(
                 f"payload type {unwrap(self.payload_type)!r} cannot be written as JSON: {detail}",
-                "Use a pydantic model, dataclass, TypedDict, dict or bytes, declared before the topic; or give a codec=.",
+                "Use a pydantic model, dataclass, TypedDict, dict or bytes, declared before the topic; or a codec=.",
                 error,
             )
 
@@ -248,7 +248,7 @@ class Topic(Generic[T]):
                 return None
             raise EncodeError(f"{self.name}: None is no payload.", remedy="Declare the topic as Topic(name, T | None).")
         try:
-            value = self._codec.encode(payload)
+            value: object = self._codec.encode(payload)
         except Exception as error:  # a codec is anybody's code; nothing was published
             detail = parts.describe(error)
             expected = unwrap(self.payload_type)

@@ -12,7 +12,8 @@ from typing_extensions import TypeVar
 from eoframework.db.savepoints import SessionBuffer
 from eoframework.errors import HandlerMisuse
 from eoframework.message import Message, OutboxMessage, Source, derived_id
-from eoframework.topic import Part, Topic
+from eoframework.parts import Part
+from eoframework.topic import Topic
 
 T = TypeVar("T")
 
