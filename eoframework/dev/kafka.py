@@ -13,7 +13,7 @@ from pathlib import Path
 
 from eoframework import clock
 from eoframework.dev import jars, java, logs, processes
-from eoframework.dev.processes import Guarded, Identity, Plan
+from eoframework.dev.processes import CalledOff, Guarded, Identity, Plan
 from eoframework.dev.state import KafkaState
 from eoframework.errors import EoError, Unreachable
 from eoframework.kafka.probe import commit_probe_transaction
@@ -203,7 +203,7 @@ class KafkaBroker:
         last: EoError | None = None
         while clock.monotonic() < deadline:
             if stop.is_set():
-                raise Unreachable("The start of Kafka was called off.")
+                raise CalledOff("The start of Kafka was called off.")
             if guarded.exit_code() is not None:
                 raise logs.died("Kafka", self.log, guarded.exit_code())
             if not processes.answers(self.port):
@@ -247,8 +247,6 @@ _ONE_BROKER = {
     "transaction.state.log.min.isr": "1",
     "share.coordinator.state.topic.replication.factor": "1",
     "share.coordinator.state.topic.min.isr": "1",
-    "default.replication.factor": "1",
-    "min.insync.replicas": "1",
     # After a SIGKILL the new broker waits until the controller gives the old one up (9 s by default).
     "broker.session.timeout.ms": "2000",
     "broker.heartbeat.interval.ms": "400",

@@ -16,7 +16,7 @@ from eoframework import clock
 from eoframework.db.probe import ensure_database, select_one
 from eoframework.dev import jars, logs, processes
 from eoframework.dev.postgres_programs import Programs, SystemUser
-from eoframework.dev.processes import Guarded, Identity, Plan
+from eoframework.dev.processes import CalledOff, Guarded, Identity, Plan
 from eoframework.dev.state import PostgresState
 from eoframework.errors import ConfigurationError, Unreachable
 
@@ -233,7 +233,7 @@ class PostgresServer:
         last: Unreachable | None = None
         while clock.monotonic() < deadline:
             if stop.is_set():
-                raise Unreachable("The start of PostgreSQL was called off.")
+                raise CalledOff("The start of PostgreSQL was called off.")
             if guarded.exit_code() is not None:
                 raise logs.died("PostgreSQL", self.log, guarded.exit_code())
             try:

@@ -22,6 +22,10 @@ _FALLBACK_EPHEMERAL_START = 32768
 _HAS_PROC = Path("/proc/self/stat").exists()
 
 
+class CalledOff(Unreachable):
+    """A start was given up because the other service could not start, or the user stopped it."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Identity:
     """A process, told apart from a later one with the same pid by its start time."""

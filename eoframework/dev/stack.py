@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import shutil
 import signal
@@ -13,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from eoframework.dev import cache, jars, logs, postgres_programs, processes
+from eoframework.dev import cache, jars, logs, open_home, postgres_programs, processes
 from eoframework.dev.kafka import KafkaBroker, KafkaOptions
 from eoframework.dev.postgres import PostgresOptions, PostgresServer, StopMode
 from eoframework.dev.postgres_programs import SystemUser
-from eoframework.dev.processes import Identity
+from eoframework.dev.processes import CalledOff, Identity
 from eoframework.dev.state import KafkaState, PostgresState, State, StateDirectory
 from eoframework.errors import ConfigurationError
 
@@ -26,8 +25,6 @@ DATABASE_SETTING = "EO_DATABASE_URL"
 KAFKA_SETTING = "EO_KAFKA_BOOTSTRAP_SERVERS"
 
 _NEEDED_BYTES = 300_000_000
-# For what root's PostgreSQL user must reach when the project or the cache is closed to it.
-_OPEN_DIRECTORY = Path("/var/tmp/eoframework")
 _FILES = ("state.json", "server.properties", ".gitignore", "lock")
 
 
@@ -134,12 +131,19 @@ def _start_both(services: Services, watcher: Watcher) -> None:
     with ThreadPoolExecutor(1) as pool:
         # PostgreSQL beside the JVM, which takes four times as long.
         postgres = pool.submit(services.postgres.start, stop=stop)
+        postgres.add_done_callback(lambda ended: stop.set() if ended.exception() else None)
         try:
             watcher.stage("starting Kafka and PostgreSQL")
             services.kafka.start(stop=stop)
             postgres.result()
+        except CalledOff:
+            services.stop(mode="immediate")
+            # PostgreSQL's failure called Kafka off: that is the one to tell.
+            postgres.result()
+            raise
         except BaseException:
             stop.set()
+            # Waits for the thread; its own failure is the consequence of this one.
             postgres.exception()
             services.stop(mode="immediate")
             raise
@@ -266,7 +270,7 @@ def _open(
         directory.path / "postgres.log",
         state.postgres,
         postgres,
-        programs=lambda: postgres_programs.reachable(postgres_programs.find(), user, _OPEN_DIRECTORY / "programs"),
+        programs=lambda: postgres_programs.reachable(postgres_programs.find(), user, open_home.PROGRAMS),
         user=user,
         changed=changed,
     )
@@ -286,7 +290,7 @@ def _postgres_home(directory: Path, user: SystemUser | None) -> Path:
     """Beside the rest, unless PostgreSQL's own user cannot get there (a project below /root)."""
     if postgres_programs.traversable(directory, user):
         return directory / "postgres"
-    return _OPEN_DIRECTORY / hashlib.sha256(os.fsencode(directory)).hexdigest()[:16]
+    return open_home.home_for(directory)
 
 
 def _need_space(directory: Path) -> None:

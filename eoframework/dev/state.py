@@ -60,6 +60,7 @@ class StateDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path.absolute()
         self.file = self.path / "state.json"
+        self.temporary = self.path / f"state.{os.getpid()}.tmp"
 
     def prepare(self) -> None:
         """Make the directory; other users may pass through it (PostgreSQL's own one must), not list it."""
@@ -89,15 +90,14 @@ class StateDirectory:
     def save(self, state: State) -> None:
         """Remember the state. On a crash: the old file or the new one stands there, whole."""
         document = {"version": _VERSION, **asdict(state)}
-        temporary = self.file.with_suffix(f".{os.getpid()}.tmp")
         try:
             # 0600 from the first byte: the database's password is in it.
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            descriptor = os.open(self.temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
             with os.fdopen(descriptor, "w") as file:
                 json.dump(document, file, indent=2)
-            temporary.rename(self.file)
+            self.temporary.rename(self.file)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
+            self.temporary.unlink(missing_ok=True)
             raise disk_error(error, self.path) from error
 
     @contextmanager
