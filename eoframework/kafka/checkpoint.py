@@ -1,0 +1,118 @@
+"""Reading the relay's checkpoints back: the last committed record of a partition of a compacted topic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from uuid import UUID
+
+from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
+
+from eoframework import clock
+from eoframework.checkpoint import Checkpoint, checkpoint_topic
+from eoframework.errors import ConfigurationError, Retryable
+from eoframework.kafka.admin import Admin
+from eoframework.kafka.config import consumer_config
+from eoframework.kafka.faults import classify, kafka_error
+from eoframework.settings import Settings
+
+_TIMEOUT = 15.0
+_FIRST_LOOK = 4
+_WIDEN = 8
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointPlace:
+    """Which cluster and which incarnation of the checkpoint topic; a re-created topic has another id."""
+
+    cluster_id: str
+    topic_id: UUID
+
+
+class CheckpointLog:
+    """The checkpoint topic of one outbox."""
+
+    def __init__(self, settings: Settings, admin: Admin, outbox_id: UUID) -> None:
+        self.outbox_id = outbox_id
+        self.topic = checkpoint_topic(outbox_id)
+        self._admin = admin
+        self._config = consumer_config(settings, group=self.topic, client_id="eo-relay-checkpoint") | {
+            "enable.partition.eof": True
+        }
+
+    def place(self, *, shards: int) -> CheckpointPlace:
+        """Where the checkpoints are, after verifying that they are kept.
+
+        Raises UnknownTopic, and ConfigurationError when the topic could lose a shard's last checkpoint.
+        """
+        info = self._admin.describe(self.topic)
+        policy = info.config.get("cleanup.policy")
+        if policy is not None and policy != "compact":
+            raise ConfigurationError(
+                f"checkpoint topic {self.topic} has cleanup.policy={policy}: Kafka would delete checkpoints by age.",
+                remedy=f"Set cleanup.policy=compact on {self.topic} (eo topics apply does it).",
+            )
+        if info.partitions < shards:
+            raise ConfigurationError(
+                f"checkpoint topic {self.topic} has {info.partitions} partitions, the outbox has {shards} shards.",
+                remedy=f"Add partitions to {self.topic}: one per shard.",
+            )
+        return CheckpointPlace(self._admin.cluster_id(), info.id)
+
+    def last(self, shard: int) -> Checkpoint | None:
+        """The last committed checkpoint of a shard, None when there never was one.
+
+        Only right after `init_transactions()` of the shard's transactional.id: before, a transaction that is still
+        open, or whose commit markers are on their way, would be overlooked.
+        """
+        with self._consumer() as consumer:
+            low, high = self._range(consumer, shard)
+            look = _FIRST_LOOK
+            while high > low:
+                start = max(low, high - look)
+                value = self._last_between(consumer, shard, start, high)
+                if value is not None:
+                    return Checkpoint.decode(value)
+                if start == low:
+                    break
+                # Aborted transactions and markers fill offsets that hold no record.
+                look *= _WIDEN
+        return None
+
+    def _range(self, consumer: Consumer, shard: int) -> tuple[int, int]:
+        found = consumer.get_watermark_offsets(TopicPartition(self.topic, shard), timeout=_TIMEOUT, cached=False)
+        if found is None:
+            raise Retryable(f"Kafka did not tell the log ends of {self.topic}[{shard}] within {_TIMEOUT:g} s.")
+        return found
+
+    def _last_between(self, consumer: Consumer, shard: int, start: int, end: int) -> bytes | None:
+        consumer.assign([TopicPartition(self.topic, shard, start)])
+        deadline = clock.monotonic() + _TIMEOUT
+        last: bytes | None = None
+        while True:
+            message = consumer.poll(0.1)
+            if message is not None:
+                error = message.error()
+                if error is None:
+                    last = message.value() or b""
+                elif error.code() == KafkaError._PARTITION_EOF:
+                    return last
+                else:
+                    raise classify(error, f"reading {self.topic}[{shard}]")
+            # Markers and aborted records move the position without handing anything over.
+            (place,) = consumer.position([TopicPartition(self.topic, shard)])
+            if place.offset >= end:
+                return last
+            if clock.monotonic() > deadline:
+                raise Retryable(f"{self.topic}[{shard}] could not be read up to offset {end} within {_TIMEOUT:g} s.")
+
+    @contextmanager
+    def _consumer(self) -> Iterator[Consumer]:
+        consumer = Consumer(self._config)
+        try:
+            yield consumer
+        except KafkaException as error:
+            raise classify(kafka_error(error), f"reading checkpoint topic {self.topic}") from error
+        finally:
+            consumer.close()

@@ -1,0 +1,225 @@
+"""A producer that counts what Kafka refused and knows when all of a batch is confirmed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from confluent_kafka import KafkaError, KafkaException, Message, Producer
+
+from eoframework import clock
+from eoframework.errors import Abortable, ConfigurationError, EoError, Permanent, Retryable
+from eoframework.kafka.faults import classify, is_topic_trouble, kafka_error
+
+_log = logging.getLogger(__name__)
+
+_FLUSH_SLICE = 0.2
+_FLUSH_DEADLINE = 30.0
+
+# Only these are about a record itself. Any other code, known or new, is taken for the client's or the cluster's
+# trouble: were it taken for the record's, a broken client would fill the dead letters with innocent messages.
+_OF_THE_RECORD = frozenset(
+    {
+        KafkaError.MSG_SIZE_TOO_LARGE,
+        KafkaError.RECORD_LIST_TOO_LARGE,
+        KafkaError.INVALID_RECORD,
+        KafkaError.INVALID_TIMESTAMP,
+        KafkaError.POLICY_VIOLATION,
+        KafkaError.UNSUPPORTED_FOR_MESSAGE_FORMAT,
+        KafkaError.TOPIC_EXCEPTION,
+        KafkaError._INVALID_ARG,
+        KafkaError._BAD_MSG,
+    }
+)
+# What a failing transaction does to the messages that waited in it: an effect, never the cause.
+_PURGED = frozenset({KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT})
+
+
+class Rejected(Permanent):
+    """Kafka refuses something in this batch; which record it is, a batch cannot tell."""
+
+    def __init__(self, what: str, *, topic: str | None, topic_trouble: bool) -> None:
+        super().__init__(what)
+        self.topic = topic
+        self.topic_trouble = topic_trouble
+
+
+class Outgoing(NamedTuple):
+    """One record to be produced; without a partition its key decides."""
+
+    topic: str
+    key: bytes | None
+    value: bytes | None
+    headers: list[tuple[str, str | bytes | None]]
+    partition: int = -1
+
+
+class BatchProducer:
+    """An idempotent producer used batch by batch, from one thread."""
+
+    def __init__(self, config: Mapping[str, Any], *, stopping: Callable[[], bool]) -> None:
+        self._stopping = stopping
+        self._first_fault: tuple[KafkaError, str | None] | None = None
+        self._faults = 0
+        self.trouble = ""
+        # Only failures are reported: 2,000 callbacks a batch that say "fine" would cost more than the batch.
+        only_faults = {"delivery.report.only.error": True, "on_delivery": self._on_delivery, "error_cb": self._on_error}
+        try:
+            self.client = Producer({**config, **only_faults})
+        except KafkaException as error:
+            text = kafka_error(error).str()
+            raise ConfigurationError(f"Kafka's settings: {text}.", remedy="Correct EO_KAFKA_*.") from error
+
+    def send(self, record: Outgoing) -> None:
+        """Queue a record. Raises Rejected when the client itself refuses it."""
+        while True:
+            try:
+                self.client.produce(
+                    record.topic,
+                    value=record.value,
+                    key=record.key,
+                    headers=record.headers,
+                    partition=record.partition,
+                )
+                return
+            except BufferError:
+                # The local queue is full: let it drain, then the same call again.
+                self.client.poll(_FLUSH_SLICE)
+                self._raise_fault()
+            except KafkaException as error:
+                raise _fault(kafka_error(error), record.topic) from error
+            except (TypeError, ValueError) as error:
+                raise Rejected(
+                    f"the Kafka client cannot send this record to {record.topic}: {error}.",
+                    topic=record.topic,
+                    topic_trouble=False,
+                ) from error
+
+    def flush(self) -> None:
+        """Wait until Kafka has confirmed every record queued.
+
+        Raises Rejected, Retryable, Abortable or Fenced: then at least one record is not confirmed, and nothing is
+        known of the others.
+        """
+        deadline = clock.monotonic() + _FLUSH_DEADLINE
+        while self.client.flush(_FLUSH_SLICE) > 0:
+            self._raise_fault()
+            if self._stopping():
+                raise Retryable("stopped while Kafka had not confirmed the batch.")
+            if clock.monotonic() > deadline:
+                trouble = f" ({self.trouble})" if self.trouble else ""
+                raise Retryable(f"Kafka did not confirm a batch within {_FLUSH_DEADLINE:g} s{trouble}.")
+        self._raise_fault()
+
+    def close(self) -> None:
+        """Drop what is queued and end the client; never raises."""
+        try:
+            self.client.purge()
+            self.client.close()
+        except (KafkaException, RuntimeError) as error:
+            # A producer with a fatal error raises here; its threads end with the object all the same.
+            _log.debug("closing a Kafka producer: %s", error)
+
+    def _raise_fault(self) -> None:
+        if self._first_fault is None:
+            return
+        (error, topic), count = self._first_fault, self._faults
+        self._first_fault, self._faults = None, 0
+        fault = _fault(error, topic)
+        _log.debug("Kafka refused %d records of a batch; the first: %s", count, fault)
+        raise fault
+
+    def _on_delivery(self, error: KafkaError | None, message: Message) -> None:
+        if error is None or error.code() in _PURGED:
+            return
+        self._faults += 1
+        if self._first_fault is None:
+            self._first_fault = (error, message.topic())
+
+    def _on_error(self, error: KafkaError) -> None:
+        if error.code() != KafkaError._ALL_BROKERS_DOWN:
+            self.trouble = error.str()
+
+
+def call_fault(error: KafkaException, what: str) -> EoError:
+    """The error for a failed call of the client (not of one record)."""
+    fault = kafka_error(error)
+    if is_topic_trouble(fault):
+        return Rejected(f"{what}: {fault.name()}: {fault.str()}.", topic=None, topic_trouble=True)
+    return classify(fault, what)
+
+
+def _fault(error: KafkaError, topic: str | None) -> EoError:
+    what = f"sending to {topic}"
+    if is_topic_trouble(error):
+        return Rejected(f"{what}: {error.name()}: {error.str()}.", topic=topic, topic_trouble=True)
+    if error.code() in _OF_THE_RECORD:
+        return Rejected(f"{what}: {error.name()}: {error.str()}.", topic=topic, topic_trouble=False)
+    found = classify(error, what)
+    return Abortable(found.what) if isinstance(found, Permanent) else found
+
+
+class IdempotentProducer:
+    """Batches without Kafka transactions, for clusters that have none; the same calls as TransactionalProducer.
+
+    Guarantee: at least once. After a crash, and after an error, records of the batch may be in Kafka already; they are
+    sent again, with the same message ids.
+    """
+
+    def __init__(self, config: Mapping[str, Any], *, stopping: Callable[[], bool]) -> None:
+        self._config = dict(config)
+        self._stopping = stopping
+        self._producer: BatchProducer | None = None
+        self._doubted = False
+
+    def make_ready(self) -> None:
+        """Have a producer without a failed batch in it."""
+        if self._doubted:
+            self.close()
+        if self._producer is None:
+            self._producer = BatchProducer(self._config, stopping=self._stopping)
+        self._doubted = False
+
+    def begin(self) -> None:
+        """Nothing to open."""
+
+    def send(self, record: Outgoing) -> None:
+        """Queue a record."""
+        assert self._producer is not None
+        self._producer.send(record)
+
+    def commit(self) -> None:
+        """Wait until Kafka has confirmed all that was sent."""
+        assert self._producer is not None
+        self._producer.flush()
+
+    def abort(self) -> None:
+        """Forget what is queued; what was sent stays sent."""
+        self.doubt("a batch failed")
+
+    def doubt(self, why: str) -> None:
+        """Replace the producer at the next `make_ready`."""
+        _log.debug("idempotent producer is to be replaced: %s", why)
+        self._doubted = True
+
+    def limit_request(self, size: int) -> bool:
+        """Keep requests below a topic's limit, in bytes; True when that needs a new producer."""
+        if not lower_batch_size(self._config, size):
+            return False
+        self.doubt(f"requests must be below {size} bytes")
+        return True
+
+    def close(self) -> None:
+        """End the client."""
+        producer, self._producer = self._producer, None
+        if producer is not None:
+            producer.close()
+
+
+def lower_batch_size(config: dict[str, Any], size: int) -> bool:
+    """Set `batch.size` to at most `size` bytes; whether that changed anything."""
+    if size >= int(config.get("batch.size", 1_000_000)):
+        return False
+    config["batch.size"] = size
+    return True

@@ -1,0 +1,5 @@
+"""From the outbox to Kafka. The life of one row is in `shard`, who owns which shard in `worker`."""
+
+from eoframework.relay.worker import RelayWorker
+
+__all__ = ["RelayWorker"]

@@ -1,0 +1,248 @@
+"""What the relay's tests do by hand: write rows, start and kill relay processes, read topics back."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+
+from confluent_kafka import Consumer, KafkaError, TopicPartition
+from sqlalchemy import Connection, text
+
+from eoframework import clock
+from eoframework.checkpoint import checkpoint_topic
+from eoframework.db.outbox import Outbox
+from eoframework.db.session import Database
+from eoframework.kafka.admin import Admin
+from eoframework.message import OutboxMessage, new_id
+from eoframework.settings import Settings
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SHARDS = 4
+
+
+@dataclass(frozen=True)
+class Read:
+    """A record as an independent `read_committed` reader sees it."""
+
+    id: str
+    key: str
+    value: int
+    partition: int
+
+
+@dataclass
+class Rig:
+    """One test's outbox and everything around it."""
+
+    database: Database
+    settings: Settings
+    topic: str
+    directory: Path
+    processes: list[RelayProcess] = field(default_factory=list)
+    _next: int = 0
+
+    def mint_identity(self) -> None:
+        """Databases of tests are copies of one template; two outboxes of one identity would fence each other."""
+        self.outbox_id = uuid.uuid4()
+        self.sql("UPDATE eo.outbox SET id = :id", id=self.outbox_id)
+        self.checkpoint_topic = checkpoint_topic(self.outbox_id)
+        self.make_checkpoint_topic()
+
+    def make_checkpoint_topic(self) -> None:
+        config = {"cleanup.policy": "compact"}
+        Admin(self.settings).create(self.checkpoint_topic, partitions=SHARDS, replicas=1, config=config)
+
+    def end(self) -> None:
+        for process in self.processes:
+            process.kill()
+
+    # --- the outbox -----------------------------------------------------------------------------------------------
+
+    def messages(self, count: int, *, keys: int = 10, size: int = 0, topic: str | None = None) -> list[OutboxMessage]:
+        """`count` messages with ascending numbers as values; `size` pads them."""
+        made = []
+        for _ in range(count):
+            made.append(self.message(key=f"k{self._next % keys}", topic=topic, size=size))
+        return made
+
+    def message(
+        self, *, key: str | None, topic: str | None = None, size: int = 0, deliver_at: datetime | None = None
+    ) -> OutboxMessage:
+        number, self._next = self._next, self._next + 1
+        return OutboxMessage(
+            id=new_id(),
+            topic=topic or self.topic,
+            key=None if key is None else key.encode(),
+            payload=str(number).ljust(size).encode(),
+            type="test",
+            source="test",
+            content_type="text/plain",
+            deliver_at=deliver_at,
+        )
+
+    def insert(self, connection: Connection, messages: Sequence[OutboxMessage]) -> None:
+        Outbox(self.database.schema).insert(connection, messages)
+
+    def publish(self, count: int, *, keys: int = 10, size: int = 0, topic: str | None = None) -> list[OutboxMessage]:
+        """Commit `count` messages in one transaction."""
+        made = self.messages(count, keys=keys, size=size, topic=topic)
+        with self.database.begin("test") as connection:
+            self.insert(connection, made)
+        return made
+
+    def sql(self, statement: str, **values: object) -> list[tuple[object, ...]]:
+        with self.database.begin("test") as connection:
+            result = connection.execute(text(statement), values)
+            return [tuple(row) for row in result] if result.returns_rows else []
+
+    def left(self) -> int:
+        return int(str(self.sql("SELECT count(*) FROM eo.outbox_message")[0][0]))
+
+    def wait_empty(self, *, within: float = 30) -> None:
+        self.wait_for(lambda: self.left() == 0, within=within, what="the outbox to be empty")
+
+    def wait_for(self, condition: object, *, what: str, within: float = 30) -> None:
+        assert callable(condition)
+        deadline = clock.monotonic() + within
+        while not condition():
+            if clock.monotonic() > deadline:
+                logs = "\n".join(f"--- {p.name}\n{p.log()}" for p in self.processes)
+                raise AssertionError(f"waited {within:g} s for {what}; {self.left()} rows left\n{logs}")
+            clock.sleep(0.02)
+
+    # --- processes ------------------------------------------------------------------------------------------------
+
+    def start(self, *, die_at: str = "", hold: str = "", once: bool = False, **changes: object) -> RelayProcess:
+        """A real relay process; `die_at` names the event at which it kills itself (`tests/relay/process.py`)."""
+        process = RelayProcess(self, f"relay{len(self.processes)}", die_at=die_at, hold=hold, once=once, **changes)
+        self.processes.append(process)
+        return process
+
+    # --- Kafka ----------------------------------------------------------------------------------------------------
+
+    def read(self, topic: str | None = None) -> list[Read]:
+        """Everything committed in the topic, partition by partition, in order."""
+        return list(read_committed(self.settings, topic or self.topic))
+
+    def assert_published(self, messages: Iterable[OutboxMessage], topic: str | None = None) -> None:
+        """Each of these once, nothing else, and each key in the order of `messages`."""
+        expected = list(messages)
+        found = self.read(topic)
+        ids = [record.id for record in found]
+        lost = {str(m.id) for m in expected} - set(ids)
+        doubled = len(ids) - len(set(ids))
+        strange = set(ids) - {str(m.id) for m in expected}
+        assert (len(lost), doubled, len(strange)) == (0, 0, 0), f"lost {len(lost)}, doubled {doubled}, {strange=}"
+        assert by_key(found) == by_key_expected(expected)
+
+
+class RelayProcess:
+    """A relay as a process of its own."""
+
+    def __init__(self, rig: Rig, name: str, *, die_at: str, hold: str, once: bool, **changes: object) -> None:
+        self.name = name
+        self._log = rig.directory / f"{name}.log"
+        self.told = rig.directory / f"{name}.told"
+        settings = rig.settings.model_dump(mode="json", exclude={"database_url"})
+        environment = {
+            **os.environ,
+            "EO_DATABASE_URL": rig.settings.require_database_url(),
+            "EO_KAFKA_BOOTSTRAP_SERVERS": str(settings["kafka_bootstrap_servers"]),
+            "EO_RELAY_LEASE": "1.5",
+            **{f"EO_{key.upper()}": str(value) for key, value in changes.items()},
+        }
+        arguments = ["--die-at", die_at, "--hold", hold, "--told", str(self.told)] + (["--once"] if once else [])
+        with self._log.open("wb") as log:
+            self._popen = subprocess.Popen(
+                [sys.executable, "-m", "tests.relay.process", *arguments],
+                cwd=REPOSITORY,
+                env=environment,
+                stdout=log,
+                stderr=log,
+            )
+
+    def log(self) -> str:
+        return self._log.read_text(errors="replace")
+
+    def has_told(self, event: str) -> bool:
+        """Whether the process passed the event of `hold` (it writes a file and waits there)."""
+        return self.told.exists() and event in self.told.read_text()
+
+    def signal(self, number: int) -> None:
+        self._popen.send_signal(number)
+
+    def kill(self) -> None:
+        if self._popen.poll() is None:
+            self._popen.send_signal(signal.SIGKILL)
+            self._popen.wait()
+
+    def wait(self, within: float = 30) -> int:
+        """The exit code; negative for a signal."""
+        try:
+            return self._popen.wait(within)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"{self.name} did not end within {within:g} s\n{self.log()}") from None
+
+
+def read_committed(settings: Settings, topic: str) -> Iterable[Read]:
+    """Read the whole topic with a consumer that shares no code with the product."""
+    consumer = Consumer(
+        {
+            "bootstrap.servers": settings.require_bootstrap_servers(),
+            "group.id": f"reader-{uuid.uuid4()}",
+            "isolation.level": "read_committed",
+            "enable.auto.commit": False,
+            "enable.partition.eof": True,
+            "auto.offset.reset": "error",
+        }
+    )
+    try:
+        partitions = consumer.list_topics(topic, timeout=10).topics[topic].partitions
+        for partition in sorted(partitions):
+            consumer.assign([TopicPartition(topic, partition, 0)])
+            yield from _read_partition(consumer)
+    finally:
+        consumer.close()
+
+
+def _read_partition(consumer: Consumer) -> Iterable[Read]:
+    deadline = clock.monotonic() + 30
+    while clock.monotonic() < deadline:
+        message = consumer.poll(1)
+        if message is None:
+            continue
+        error = message.error()
+        if error is not None:
+            assert error.code() == KafkaError._PARTITION_EOF, error
+            return
+        headers = dict(message.headers() or [])
+        yield Read(
+            id=bytes(headers["message-id"]).decode(),
+            key=(message.key() or b"").decode(),
+            value=int(message.value() or b"-1"),
+            partition=int(message.partition() or 0),
+        )
+    raise AssertionError("the topic could not be read to its end")
+
+
+def by_key(found: Iterable[Read]) -> dict[str, list[str]]:
+    order: dict[str, list[str]] = {}
+    for record in found:
+        if record.key:
+            order.setdefault(record.key, []).append(record.id)
+    return order
+
+
+def by_key_expected(messages: Iterable[OutboxMessage]) -> dict[str, list[str]]:
+    order: dict[str, list[str]] = {}
+    for message in messages:
+        if message.key is not None:
+            order.setdefault(message.key.decode(), []).append(str(message.id))
+    return order
