@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Protocol
@@ -71,16 +71,18 @@ def exit_code(error: BaseException | None) -> int:
 
 
 @contextmanager
-def signals(stop: threading.Event) -> Iterator[None]:
+def signals(stop: threading.Event, *, at_once: Callable[[], None] | None = None) -> Iterator[None]:
     """First SIGTERM or SIGINT: set `stop`, so that workers drain. Second: leave at once with 143 or 130.
 
-    On the second signal nothing is closed: PostgreSQL and Kafka undo what was not committed.
+    On the second signal nothing is closed, only `at_once` called: PostgreSQL and Kafka undo what was not committed.
     """
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         # Only a flag, never an exception: raised out of a poll it would lose the records just fetched.
         if stop.is_set():
             os.write(2, b"second signal: leaving at once; what was not committed is undone and runs again\n")
+            if at_once is not None:
+                at_once()
             os._exit(128 + number)
         stop.set()
 
@@ -90,6 +92,20 @@ def signals(stop: threading.Event) -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def stop_when_orphaned(stop: threading.Event, *, pipe: int = 0) -> None:
+    """Set `stop` when the other end of `pipe` is closed: the parent has died, even by SIGKILL."""
+
+    def watch() -> None:
+        # os.read and not sys.stdin: a thread inside a buffered read would abort the interpreter's shutdown.
+        while os.read(pipe, 1):
+            continue
+        if not stop.is_set():
+            _log.warning("the parent process is gone; draining.")
+        stop.set()
+
+    threading.Thread(target=watch, name="parent watch", daemon=True).start()
 
 
 class Backoff:

@@ -33,6 +33,8 @@ _DATABASE_URL = re.compile(r"(postgres|postgresql)(\+psycopg|\+psycopg_async)?(:
 _PASSWORD = re.compile(r"://[^/?#@]*?:(?P<password>[^/?#]*)@")
 _PASSWORD_PARAMETER = re.compile(r"[?&](?:password|sslpassword)=([^&]*)")
 
+_command_line: dict[str, Any] = {}
+
 Seconds = Annotated[float, Field(gt=0)]
 
 
@@ -93,7 +95,7 @@ class Settings(BaseSettings):
         Raises ConfigurationError, which names every wrong setting and shows no value: it may be a secret.
         """
         try:
-            return cls(**overrides)
+            return cls(**{**_command_line, **overrides})
         except ValidationError as error:
             raise ConfigurationError(_describe(error), remedy="Correct the setting named.") from None
 
@@ -211,6 +213,20 @@ class _KafkaKeys(PydanticBaseSettingsSource):
             else:
                 _refuse_misspelt(lowered.removeprefix("eo_"), written=f"{name.upper()} ({self._where})", prefix=PREFIX)
         return {"kafka": found} if found else {}
+
+
+def use_command_line(values: Mapping[str, Any]) -> None:
+    """Let every later `Settings.load()` of this process begin with these: the program's own App loads its settings too.
+
+    Raises ConfigurationError for a name that is no setting.
+    """
+    for name in values:
+        if name not in Settings.model_fields:
+            near = difflib.get_close_matches(name, Settings.model_fields, n=1)
+            hint = f"Did you mean {near[0]}?" if near else "The settings are listed in the documentation."
+            raise ConfigurationError(f"there is no setting {name!r}.", remedy=hint)
+    _command_line.clear()
+    _command_line.update(values)
 
 
 def environment(**changes: str) -> dict[str, str]:

@@ -24,7 +24,9 @@ def _configure(schema: Schema, **options: object) -> None:
 def _run_online(connection: Connection, schema: Schema) -> None:
     # Two deployments that migrate at once would both see the old version; the lock makes the second one find it done.
     connection.execute(text("SELECT pg_advisory_xact_lock(1701801265, hashtext(:name))"), {"name": schema.name})
-    connection.execute(text(f'CREATE SCHEMA IF NOT EXISTS "{schema.name}"'))
+    # Not IF NOT EXISTS: that wants the right to create schemas even where a DBA has made this one for us.
+    if connection.scalar(text("SELECT to_regnamespace(:name)"), {"name": f'"{schema.name}"'}) is None:
+        connection.execute(text(f'CREATE SCHEMA "{schema.name}"'))
     _configure(schema, connection=connection)
     context.run_migrations()
 

@@ -50,14 +50,10 @@ def check(database: Database) -> str:
     needed, found = head(), current(database)
     if found == needed:
         return needed
-    where = f"schema {database.schema.name!r} of this database"
+    where = _where(database.schema)
     if found is None:
         raise SchemaOutOfDate(f"{where} has none of eoframework's tables.", remedy="Run: eo db upgrade")
-    if found not in {script.revision for script in _scripts().walk_revisions()}:
-        raise SchemaOutOfDate(
-            f"{where} is at version {found}, made by a newer eoframework; this one knows {needed}.",
-            remedy="Install the newer release: pip install --upgrade eoframework",
-        )
+    _refuse_newer(database.schema, found)
     raise SchemaOutOfDate(f"{where} is at version {found}, this code needs {needed}.", remedy="Run: eo db upgrade")
 
 
@@ -67,6 +63,7 @@ def upgrade(database: Database, revision: str = "head") -> str | None:
     On a crash: nothing of it happened. Returns the version it is at then.
     """
     with database.begin("upgrading the schema") as connection:
+        _refuse_newer(database.schema, _current(connection, database.schema))
         _run(command.upgrade, database.schema, revision, connection)
         return _current(connection, database.schema)
 
@@ -74,6 +71,7 @@ def upgrade(database: Database, revision: str = "head") -> str | None:
 def downgrade(database: Database, revision: str) -> str | None:
     """Take the schema back to `revision` ("base": our tables and everything in them are gone), in one transaction."""
     with database.begin("downgrading the schema") as connection:
+        _refuse_newer(database.schema, _current(connection, database.schema))
         _run(command.downgrade, database.schema, revision, connection)
         return _current(connection, database.schema)
 
@@ -97,6 +95,18 @@ def _current(connection: Connection, schema: Schema) -> str | None:
     )
     heads = context.get_current_heads()
     return heads[0] if heads else None
+
+
+def _refuse_newer(schema: Schema, found: str | None) -> None:
+    if found is not None and found not in {script.revision for script in _scripts().walk_revisions()}:
+        raise SchemaOutOfDate(
+            f"{_where(schema)} is at version {found}, made by a newer eoframework; this one knows {head()}.",
+            remedy="Install the newer release: pip install --upgrade eoframework",
+        )
+
+
+def _where(schema: Schema) -> str:
+    return f"schema {schema.name!r} of this database"
 
 
 def _run(action: object, schema: Schema, revision: str, connection: Connection) -> None:

@@ -102,7 +102,7 @@ def _trouble(database: Database) -> str | None:
 
 
 def _words(error: SQLAlchemyError) -> str:
-    """The last line of libpq's account: with several addresses each line is one attempt."""
-    lines = [line for line in str(getattr(error, "orig", None) or error).splitlines() if line.strip()]
+    """The line of libpq's account that matters: it tries every address, a line or two for each."""
+    lines = [line.strip() for line in str(getattr(error, "orig", None) or error).splitlines() if line.strip()]
     refusals = [line for line in lines if _REFUSED.search(line)]
-    return (refusals or lines or [type(error).__name__])[-1].strip()
+    return (refusals or lines or [type(error).__name__])[0].removesuffix(":")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterable, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from uuid import UUID
@@ -25,6 +25,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]  # its stubs d
 from eoframework import clock
 from eoframework.errors import ConfigurationError, EoError, Retryable, Unreachable
 from eoframework.kafka.config import admin_config
+from eoframework.kafka.consumer import OUR_COMMIT
 from eoframework.kafka.faults import classify, kafka_error
 from eoframework.settings import Settings
 
@@ -36,6 +37,7 @@ _PROBE_TIMEOUT = 3.0
 _SLICE = 0.1
 
 _UNKNOWN = frozenset({KafkaError._UNKNOWN_TOPIC, KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_PARTITION})
+_IN_USE = frozenset({KafkaError.NON_EMPTY_GROUP, KafkaError.UNKNOWN_MEMBER_ID, KafkaError.REBALANCE_IN_PROGRESS})
 _REFUSED_LOGIN = frozenset({KafkaError._AUTHENTICATION, KafkaError.SASL_AUTHENTICATION_FAILED})
 _FORBIDDEN = frozenset(
     {
@@ -147,6 +149,11 @@ class Admin:
             own_config={name: str(entry.value) for name, entry in entries.items() if int(entry.source) == own},
         )
 
+    def topic_id(self, topic: str) -> UUID:
+        """Only the topic's id, for frequent checks. Raises UnknownTopic, NotAuthorized."""
+        futures = self._client.describe_topics(TopicCollection([topic]), request_timeout=_TIMEOUT)
+        return _uuid(self._result(futures[topic], f"asking the id of topic {topic}", topic=topic).topic_id)
+
     def existing(self, topics: Iterable[str]) -> dict[str, TopicInfo]:
         """Those of the topics that exist."""
         found = {}
@@ -184,6 +191,28 @@ class Admin:
             if entry.topic == topic and entry.offset >= 0
         }
 
+    def set_group_offset(self, group: str, topic: str, partition: int, offset: int) -> bool:
+        """Commit the group's offset in the name of its consumer; False while the group has members."""
+        where = TopicPartition(topic, partition, offset, metadata=OUR_COMMIT)
+        asked = [ConsumerGroupTopicPartitions(group, [where])]
+        future = self._client.alter_consumer_group_offsets(asked, request_timeout=_TIMEOUT)[group]
+        return self._unless_in_use(future, f"setting the offset of group {group}")
+
+    def delete_group(self, group: str) -> bool:
+        """Delete the group and its offsets, if it exists; False while it has members."""
+        future = self._client.delete_consumer_groups([group], request_timeout=_TIMEOUT)[group]
+        return self._unless_in_use(future, f"deleting group {group}")
+
+    def _unless_in_use(self, future: Future[Any], what: str) -> bool:
+        try:
+            self._result(future, what, ignore=KafkaError.GROUP_ID_NOT_FOUND)
+        except EoError as error:
+            cause = error.__cause__
+            if isinstance(cause, KafkaException) and kafka_error(cause).code() in _IN_USE:
+                return False
+            raise
+        return True
+
     def watermarks(self, topic: str, partition: int) -> tuple[int, int]:
         """The first offset kept and the offset the next record gets. Raises UnknownTopic, NotAuthorized."""
         spec: Any = OffsetSpec  # its stubs leave these untyped
@@ -219,7 +248,9 @@ class Admin:
     ) -> Any:
         while not future.done():
             # A refused login is told only to the error callback, which poll serves; the request itself just times out.
-            self._client.poll(_SLICE)
+            # Waiting in poll itself would always last the whole slice: an answer does not wake it.
+            wait([future], timeout=_SLICE)
+            self._client.poll(0)
             self._raise_refusal()
             if stop is not None and stop.is_set():
                 return None

@@ -1,0 +1,5 @@
+"""`python -m eoframework.cli`: what `eo run --workers` starts its processes with."""
+
+from eoframework.cli import main
+
+main()

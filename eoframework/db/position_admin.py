@@ -1,0 +1,88 @@
+"""Positions in an operator's hands: shown, moved, forgotten."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import Connection
+
+from eoframework.db.session import Database
+
+_ROWS = """
+SELECT c.name, p.topic, p.topic_id, p.partition, p.next_offset, p.epoch, p.owner, p.claimed_at,
+    EXISTS (SELECT FROM pg_stat_activity a WHERE a.pid = p.backend_pid AND a.backend_start = p.backend_start)
+FROM {eo}.position p JOIN {eo}.consumer c ON c.id = p.consumer_id
+WHERE %(consumer)s::text IS NULL OR c.name = %(consumer)s ORDER BY c.name, p.topic, p.partition
+"""
+# epoch + 1 fences whoever holds the partition; that worker claims again and starts at the new offset.
+_SET = """
+UPDATE {eo}.position p SET next_offset = %(offset)s, epoch = epoch + 1 FROM {eo}.consumer c
+WHERE c.id = p.consumer_id AND c.name = %(consumer)s AND p.topic_id = %(topic_id)s AND p.partition = %(partition)s
+RETURNING p.epoch
+"""
+# The ids of processed messages stay until they are too old: should the consumer come back, they still count as done.
+# Without a topic the consumer no longer stands for any, so a handler may take its place.
+_FORGET = """
+WITH gone AS (
+    DELETE FROM {eo}.position USING {eo}.consumer c WHERE c.id = consumer_id AND c.name = %(consumer)s
+    RETURNING partition
+), retired AS (
+    UPDATE {eo}.consumer SET topic = '' WHERE name = %(consumer)s RETURNING id
+) SELECT (SELECT count(*) FROM gone), (SELECT count(*) FROM retired)
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class PositionLine:
+    """One partition of one consumer, as stored."""
+
+    consumer: str
+    topic: str
+    topic_id: UUID
+    partition: int
+    next_offset: int
+    epoch: int
+    owner: str | None
+    claimed_at: datetime | None
+    owner_connected: bool
+    """Whether the owner's database session is still open: a crash leaves the owner's name behind, but no session."""
+
+
+class PositionAdmin:
+    """Each call is one transaction."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def lines(self, consumer: str | None = None) -> list[PositionLine]:
+        """Every position, or one consumer's."""
+        with self._database.begin("reading positions") as connection:
+            return [PositionLine(*row) for row in self._run(connection, _ROWS, {"consumer": consumer})]
+
+    def consumers(self) -> list[str]:
+        """The names of all consumers known and not forgotten."""
+        with self._database.begin("reading consumers") as connection:
+            return [
+                row[0]
+                for row in self._run(connection, "SELECT name FROM {eo}.consumer WHERE topic <> '' ORDER BY name", {})
+            ]
+
+    def move(self, line: PositionLine, offset: int) -> int:
+        """Set the position and fence its owner; returns the new epoch. On a crash: moved or not, never half."""
+        values = {"consumer": line.consumer, "topic_id": line.topic_id, "partition": line.partition, "offset": offset}
+        with self._database.begin(f"moving the position of {line.consumer}") as connection:
+            return int(self._run(connection, _SET, values)[0][0])
+
+    def forget(self, consumer: str) -> int | None:
+        """Delete all positions of the consumer; returns how many there were, None without such a consumer."""
+        with self._database.begin(f"forgetting the positions of {consumer}") as connection:
+            positions, consumers = self._run(connection, _FORGET, {"consumer": consumer})[0]
+            return int(positions) if consumers else None
+
+    def _run(self, connection: Connection, template: str, values: Mapping[str, object]) -> Sequence[Any]:
+        sql = self._database.schema.sql(template)
+        return connection.exec_driver_sql(sql, dict(values)).all()
