@@ -1,4 +1,4 @@
-"""Real services for every test: one broker and one server for the run, a fresh database and fresh topics for each test."""
+"""Real services for every test: one broker and one server a run, a fresh database and fresh topics a test."""
 
 from __future__ import annotations
 

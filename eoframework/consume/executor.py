@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from sqlalchemy import Connection
 from sqlalchemy.orm import Session, sessionmaker
@@ -80,7 +81,7 @@ class Executor:
         self._budget = budget
         self._stopping = stopping
 
-    # --- 1. decode ------------------------------------------------------------------------------------------------------
+    # --- 1. decode ---
 
     def execute(self, records: Sequence[Record], claims: dict[int, Claim]) -> Outcome:
         """Process the records; what the outcome does not list as moved has left no trace.
@@ -96,7 +97,12 @@ class Executor:
             outcome = self._one_by_one(batch, deadline)
         for partition, failure in undecodable.items():
             at_failure = outcome.moved.get(partition, claims[partition].next_offset) <= failure.record.offset
-            if at_failure and partition not in outcome.failed and outcome.trouble is None and self._reached(failure, runnable, outcome):
+            if (
+                at_failure
+                and partition not in outcome.failed
+                and outcome.trouble is None
+                and self._reached(failure, runnable, outcome)
+            ):
                 outcome.failed[partition] = failure
         return outcome
 
@@ -111,7 +117,7 @@ class Executor:
         before = [d.record.offset for d in runnable if d.record.partition == failure.record.partition]
         return not before or outcome.moved.get(failure.record.partition, -1) > before[-1]
 
-    # --- 2. one transaction -------------------------------------------------------------------------------------------
+    # --- 2. one transaction ---
 
     def _run(self, batch: Batch, deadline: float) -> Outcome:
         """One batch in one transaction; the one place that turns what happened into an outcome."""
@@ -156,7 +162,7 @@ class Executor:
                 first.append(delivery)
         return first
 
-    # --- 3. the handler -------------------------------------------------------------------------------------------------
+    # --- 3. the handler ---
 
     def _handle(self, connection: Connection, first: Sequence[Delivery], deadline: float) -> tuple[Tx, int]:
         """Call the handler for each first-timer, in order, in one session; returns how many were run."""
@@ -172,13 +178,14 @@ class Executor:
                 return count
             message = _message(delivery)
             tx.enter(message, self._source(message, delivery.record))
-            self._call(lambda m=message: self._handler.call(m, tx))  # type: ignore[misc]
+            self._call(partial(self._handler.call, message, tx))
         return len(first)
 
     def _call_batch(self, tx: Tx, first: Sequence[Delivery]) -> int:
         if first:
-            tx.enter_batch({d.message: self._source(d.message, d.record) for d in first if d.message} if False else None)
-            self._call(lambda: self._handler.call_batch([_message(d) for d in first], tx))
+            messages = [_message(delivery) for delivery in first]
+            tx.enter_batch(self._source(m, d.record) for m, d in zip(messages, first, strict=True))
+            self._call(lambda: self._handler.call_batch(messages, tx))
         return len(first)
 
     def _call(self, call: Callable[[], object]) -> None:
@@ -204,7 +211,7 @@ class Executor:
         self._stores.processed.forget(connection, self._stream.consumer_id, unrun)
         return done
 
-    # --- 4. failure -----------------------------------------------------------------------------------------------------
+    # --- 4. failure ---
 
     def _failed(self, batch: Batch, error: Exception) -> Outcome:
         """A handler's exception; the database's passing trouble that came through it is no fault of the message."""
@@ -219,7 +226,11 @@ class Executor:
 
         Only its own partition stops: what lies behind it there may not overtake it.
         """
-        log.info("%s: a batch of %d failed and was rolled back; its messages run one by one", self._handler.group, len(batch.deliveries))  # fmt: skip
+        log.info(
+            "%s: a batch of %d failed and was rolled back; its messages run one by one",
+            self._handler.group,
+            len(batch.deliveries),
+        )
         total = Outcome()
         for delivery in batch.deliveries:
             partition = delivery.record.partition

@@ -16,7 +16,6 @@ from eoframework.consume.start import GroupOffsets, refuse_moved_offset, topic_r
 from eoframework.db.position import Claim, Positions, Stream
 from eoframework.db.unit_of_work import WorkerConnection
 from eoframework.errors import Conflict, FailClosed, Retryable
-from eoframework.kafka.admin import TopicInfo
 from eoframework.kafka.consumer import OUR_COMMIT, offset_out_of_range
 
 log = logging.getLogger(__name__)
@@ -25,7 +24,7 @@ log = logging.getLogger(__name__)
 class Cluster(Protocol):
     """What a claim asks of Kafka."""
 
-    def describe(self, topic: str) -> TopicInfo: ...
+    def topic_id(self, topic: str) -> UUID: ...
     def group_offsets(self, group: str, topic: str) -> GroupOffsets: ...
     def watermarks(self, topic: str, partition: int) -> tuple[int, int]: ...
 
@@ -45,7 +44,7 @@ class Ownership:
         self._waiting: dict[int, tuple[float, Claim | None]] = {}
         """Assigned, paused, not ours: when to claim, and the claim to renew if its outcome is in doubt."""
 
-    # --- assignment (called inside the consumer's callbacks) -----------------------------------------------------------
+    # --- assignment (called inside the consumer's callbacks) ---
 
     def assigned(self, partitions: Iterable[int]) -> dict[int, int | None]:
         """Claim what the group gave us; None for a partition that must wait for the database or Kafka."""
@@ -56,11 +55,16 @@ class Ownership:
             offsets = self._cluster.group_offsets(self._stream.consumer, self._stream.topic)
             return {partition: self._claim(partition, offsets).next_offset for partition in wanted}
         except Retryable as trouble:
-            log.warning("%s: partitions %s not claimed yet: %s They stay paused; nothing is lost", self._stream.consumer, wanted, trouble)  # fmt: skip
+            log.warning(
+                "%s: partitions %s not claimed yet: %s They stay paused; nothing is lost",
+                self._stream.consumer,
+                wanted,
+                trouble,
+            )
             self._connection.discard()
             for partition in wanted:
                 self._wait(partition, clock.monotonic(), None)
-            return {partition: None for partition in wanted}
+            return dict.fromkeys(wanted)
 
     def revoked(self, partitions: Iterable[int]) -> None:
         """Forget the claims; only local state, no transaction is open here and none is opened."""
@@ -68,7 +72,7 @@ class Ownership:
             self.claims.pop(partition, None)
             self._waiting.pop(partition, None)
 
-    # --- losing and claiming again -------------------------------------------------------------------------------------
+    # --- losing and claiming again ---
 
     def fenced(self, partitions: Iterable[int]) -> None:
         """Somebody else has claimed these: give way, and claim again only if the group still says they are ours.
@@ -114,7 +118,7 @@ class Ownership:
                 self._positions.release(connection, self._stream, self.claims.values())
             self.claims.clear()
 
-    # --- claiming -------------------------------------------------------------------------------------------------------
+    # --- claiming ---
 
     def _renew(self, partition: int, doubtful: Claim) -> Claim | None:
         with self._connection.begin("renew a claim") as connection:
@@ -123,7 +127,9 @@ class Ownership:
             self.fenced([partition])
             return None
         happened = "had happened" if renewed.next_offset != doubtful.next_offset else "had not happened"
-        log.warning("%s[%d]: the last COMMIT %s; going on at %d", self._stream.topic, partition, happened, renewed.next_offset)  # fmt: skip
+        log.warning(
+            "%s[%d]: the last COMMIT %s; going on at %d", self._stream.topic, partition, happened, renewed.next_offset
+        )
         return self._hold(renewed)
 
     def _claim(self, partition: int, offsets: GroupOffsets) -> Claim:
@@ -146,7 +152,12 @@ class Ownership:
     def _terminate_holder(self, partition: int) -> None:
         with self._connection.begin("end the previous owner's transaction") as connection:
             ended = self._positions.terminate_holder(connection, self._stream, partition)
-        log.warning("%s[%d]: previous owner held the row beyond lock_timeout; its backend was %s", self._stream.topic, partition, "terminated, its transaction rolls back" if ended else "not found, claiming again")  # fmt: skip
+        log.warning(
+            "%s[%d]: previous owner held the row beyond lock_timeout; its backend was %s",
+            self._stream.topic,
+            partition,
+            "terminated, its transaction rolls back" if ended else "not found, claiming again",
+        )
         events.emit("consume.holder_terminated", partition=partition, ended=ended)
 
     def _hold(self, claim: Claim) -> Claim:
@@ -159,7 +170,7 @@ class Ownership:
         self.claims.pop(partition, None)
         self._waiting[partition] = (until, doubtful)
 
-    # --- refusing -------------------------------------------------------------------------------------------------------
+    # --- refusing ---
 
     def _check_range(self, claim: Claim) -> None:
         low, high = self._cluster.watermarks(self._stream.topic, claim.partition)
@@ -169,10 +180,10 @@ class Ownership:
             )
 
     def _check_topic(self) -> None:
-        self.check_topic_id(self._cluster.describe(self._stream.topic).id)
+        self.check_topic_id(self._cluster.topic_id(self._stream.topic))
 
     def check_topic_id(self, found: UUID) -> None:
-        """Stop if the topic was re-created: the classic protocol would silently read the new one from the old offset."""
+        """Stop if the topic was re-created: the classic protocol silently reads the new one from the old offset."""
         if found != self._stream.topic_id:
             raise topic_recreated(self._stream.consumer, self._stream.topic, self._stream.topic_id, found)
 

@@ -69,8 +69,8 @@ class Start:
             return
         old = undeclared[0].removeprefix(f"{app}.")
         raise ConfigurationError(
-            f"{self._handler.where}: consumer {self._handler.group!r} is new on topic {topic!r}, but the database knows "
-            f"{', '.join(undeclared)}, which this app no longer declares. Renaming a handler would process the whole "
+            f"{self._handler.where}: consumer {self._handler.group!r} is new on topic {topic!r}, but the database "
+            f"knows {', '.join(undeclared)}, which this app no longer declares. Renaming a handler would process the whole "
             "topic a second time.",
             remedy=f"If it is the same handler, say name={old!r}. If it is a new one, retire the old: "
             f"eo position forget {undeclared[0]}",
@@ -79,8 +79,8 @@ class Start:
     def _first_offsets(self, around: Surroundings) -> dict[int, int]:
         if around.group_offsets and not self._adopt_offsets:
             raise FailClosed(
-                f"group {self._handler.group!r} has committed offsets in Kafka, but the database knows no position of it: "
-                "an empty, wrong or restored database would skip or repeat everything before them.",
+                f"group {self._handler.group!r} has committed offsets in Kafka, but the database has no position of "
+                "it: an empty, wrong or restored database would skip or repeat everything before them.",
                 remedy="Check EO_DATABASE_URL. To begin at the group's offsets: eo run --adopt-offsets",
             )
         return {partition: self._first_offset(around, partition) for partition in range(around.partitions)}
@@ -115,7 +115,9 @@ def topic_recreated(consumer: str, topic: str, old: UUID, new: UUID) -> FailClos
     )
 
 
-def refuse_moved_offset(stream: Stream, partition: int, position: int, committed: tuple[int, str], our_mark: str) -> None:
+def refuse_moved_offset(
+    stream: Stream, partition: int, position: int, committed: tuple[int, str], our_mark: str
+) -> None:
     """Stop if somebody moved the group's offset, or it is ahead of a database that was set back."""
     offset, mark = committed
     if mark != our_mark and offset != position:
@@ -127,8 +129,8 @@ def refuse_moved_offset(stream: Stream, partition: int, position: int, committed
         )
     if offset > position:
         raise FailClosed(
-            f"{stream.consumer}: the group's offset in {stream.topic}[{partition}] is {offset}, ahead of the database's "
-            f"{position}: the database was restored to an older state, so effects between were lost there.",
+            f"{stream.consumer}: the group's offset in {stream.topic}[{partition}] is {offset}, ahead of the "
+            f"database's {position}: the database was restored to an older state, so effects between were lost there.",
             remedy=f"To redo them: eo position set {stream.consumer} {partition} {position}. To leave them out: "
             f"eo position set {stream.consumer} {partition} {offset}",
         )

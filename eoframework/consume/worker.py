@@ -68,7 +68,7 @@ class ConsumeWorker:
         self._once = once
         self._draining = stop or threading.Event()
 
-    # --- lifecycle ------------------------------------------------------------------------------------------------------
+    # --- lifecycle ---
 
     def start(self) -> None:
         """Register the consumer, refuse what would be a guess, and join the group."""
@@ -114,7 +114,7 @@ class ConsumeWorker:
         if self._consumer is None or self._ownership.waiting:
             return False
         claimed = set(self._ownership.claims)
-        return bool(claimed) and claimed <= self._consumer.ended | set(self._blocked)
+        return bool(claimed) and claimed <= self._consumer.ended.keys() | set(self._blocked)
 
     def close(self) -> None:
         """Commit the group's offsets, release the partitions, leave the group."""
@@ -126,12 +126,16 @@ class ConsumeWorker:
                 consumer.commit(self._uncommitted, wait=True)
             self._ownership.release()
         except Retryable as trouble:
-            log.warning("%s: left without releasing its partitions: %s The successor claims them all the same", self.name, trouble)  # fmt: skip
+            log.warning(
+                "%s: left without releasing its partitions: %s The successor claims them all the same",
+                self.name,
+                trouble,
+            )
         finally:
             consumer.close()
             self._connection.discard()
 
-    # --- one step -------------------------------------------------------------------------------------------------------
+    # --- one step ---
 
     def step(self) -> float:
         """Claim what waits, fetch a batch, execute it, apply the outcome."""
@@ -165,7 +169,7 @@ class ConsumeWorker:
                 self._uncommitted[partition] = claim.next_offset
                 consumer.start(partition, claim.next_offset)
 
-    # --- outcomes ---------------------------------------------------------------------------------------------------------
+    # --- outcomes ---
 
     def _apply(self, consumer: GroupConsumer, outcome: Outcome, records: list[Record]) -> None:
         """Make claims and client follow what was committed; rewind what was not."""
@@ -185,10 +189,16 @@ class ConsumeWorker:
     def _rewind_rest(self, consumer: GroupConsumer, records: list[Record]) -> None:
         ends = {record.partition: record.offset + 1 for record in records}
         claims = self._ownership.claims
-        consumer.rewind({p: claims[p].next_offset for p, end in ends.items() if p in claims and claims[p].next_offset != end})  # fmt: skip
+        consumer.rewind(
+            {p: claims[p].next_offset for p, end in ends.items() if p in claims and claims[p].next_offset != end}
+        )
 
     def _give_way(self, consumer: GroupConsumer, partitions: set[int]) -> None:
-        log.warning("%s: fenced on partitions %s: another worker has claimed them; nothing of this batch was written", self.name, sorted(partitions))  # fmt: skip
+        log.warning(
+            "%s: fenced on partitions %s: another worker has claimed them; nothing of this batch was written",
+            self.name,
+            sorted(partitions),
+        )
         events.emit("consume.fenced", partitions=sorted(partitions))
         consumer.pause(partitions)
         self._ownership.fenced(partitions)
@@ -202,7 +212,9 @@ class ConsumeWorker:
             return
         if isinstance(trouble, Conflict):
             self._limit = max(1, size // 2)
-        log.warning("%s: %s The batch was rolled back and runs again, %d messages at a time", self.name, trouble, self._limit)  # fmt: skip
+        log.warning(
+            "%s: %s The batch was rolled back and runs again, %d messages at a time", self.name, trouble, self._limit
+        )
         clock.wait(self._draining, clock.jitter(0.01, 0.1))
 
     def _grow(self) -> None:
@@ -216,7 +228,7 @@ class ConsumeWorker:
         self._connection.discard()
         self._ownership.postpone(self._backoff * clock.jitter(0.5, 1.0))
 
-    # --- a message that fails ---------------------------------------------------------------------------------------------
+    # --- a message that fails ---
 
     def _block(self, consumer: GroupConsumer, failure: Failure) -> None:
         """Stop at a failing message: nothing behind it in its partition is processed, nothing is skipped."""
@@ -238,7 +250,7 @@ class ConsumeWorker:
             self._blocked.pop(partition, None)
             self._uncommitted.pop(partition, None)
 
-    # --- now and then -------------------------------------------------------------------------------------------------------
+    # --- now and then ---
 
     def _keep_house(self, consumer: GroupConsumer) -> None:
         now = clock.monotonic()
@@ -256,7 +268,7 @@ class ConsumeWorker:
 
     def _check_topic(self) -> None:
         try:
-            self._ownership.check_topic_id(self._admin.describe(self._stream.topic).id)
+            self._ownership.check_topic_id(self._admin.topic_id(self._stream.topic))
         except UnknownTopic as error:
             raise deleted_topic(self._stream) from error
         except Retryable as trouble:

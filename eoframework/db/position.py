@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Connection, Row
+from sqlalchemy import Connection
 
 from eoframework.db.schema import Schema
 
@@ -171,7 +171,9 @@ class Positions:
         found = self._all(connection, "reclaim", values)
         return Claim(claim.partition, epoch=found[0][1], next_offset=found[0][0]) if found else None
 
-    def advance(self, connection: Connection, stream: Stream, claims: Iterable[Claim], to: Mapping[int, int]) -> set[int]:
+    def advance(
+        self, connection: Connection, stream: Stream, claims: Iterable[Claim], to: Mapping[int, int]
+    ) -> set[int]:
         """Move the positions on; returns the partitions that are no longer ours (empty: all moved).
 
         `next_offset = expected` and not `<=`: the weaker guard would accept a row that somebody else wrote.
@@ -205,10 +207,10 @@ class Positions:
         """An operator's move: fences the owner, who claims again and starts there. False without such a row."""
         return bool(self._all(connection, "set", {**stream.key(), "partition": partition, "offset": offset}))
 
-    def _all(self, connection: Connection, name: str, values: dict[str, object]) -> list[Row[Any]]:
-        return list(connection.exec_driver_sql(self._sql[name], values))
+    def _all(self, connection: Connection, name: str, values: dict[str, object]) -> list[tuple[Any, ...]]:
+        return [tuple(row) for row in connection.exec_driver_sql(self._sql[name], values)]
 
-    def _one(self, connection: Connection, name: str, values: dict[str, object]) -> Row[Any]:
+    def _one(self, connection: Connection, name: str, values: dict[str, object]) -> tuple[Any, ...]:
         return self._all(connection, name, values)[0]
 
 

@@ -23,7 +23,7 @@ from sqlalchemy.orm import Session, SessionTransaction, scoped_session
 
 from eoframework.db.outbox import Outbox
 from eoframework.db.savepoints import SessionBuffer, next_place
-from eoframework.errors import ConfigurationError, HandlerMisuse
+from eoframework.errors import ConfigurationError
 from eoframework.message import OutboxMessage
 
 PublishTarget = (
@@ -96,10 +96,9 @@ def _keep(connection: Connection, outbox: Outbox, message: OutboxMessage) -> Non
     _check_transaction(connection)
     buffer = _buffers.setdefault(connection, _Buffer())
     if buffer.written:
-        raise HandlerMisuse(
-            f"published to {message.topic} during COMMIT, after the outbox rows were written.",
-            remedy="Publish before the commit, or from a Session's before_flush or before_commit hook.",
-        )
+        # A `commit` listener of the user's own, called after ours: nobody would write this message later.
+        outbox.insert(connection, [message])
+        return
     buffer.kept.append(_Kept(outbox, message, _innermost_savepoint(connection), next_place()))
 
 
@@ -205,6 +204,8 @@ def _connection_of(session: Session) -> Connection:
     if session.twophase:
         raise _two_phase()
     try:
+        if not session.in_transaction():
+            _begin(session)
         return session.connection()
     except exc.UnboundExecutionError as error:
         raise ConfigurationError(
@@ -228,6 +229,7 @@ class _AsyncBuffer:
         self._buffer = SessionBuffer(session)
         self._outboxes: dict[int, Outbox] = {}
         self._committing = False
+        self._connection: Connection | None = None
         event.listen(session, "before_commit", self._before_commit)
         event.listen(session, "after_commit", self._after_commit)
         event.listen(session, "after_transaction_end", self._after_transaction_end)
@@ -241,7 +243,7 @@ class _AsyncBuffer:
             _keep(_connection_of(session), outbox, message)
             return
         if not session.in_transaction():
-            session.begin()
+            _begin(session)
         self._outboxes[self._buffer.add(message)] = outbox
 
     def hand_over(self) -> list[_Kept]:
@@ -251,7 +253,7 @@ class _AsyncBuffer:
     def _before_commit(self, session: Session) -> None:
         self._committing = True
         if len(self._buffer):
-            connection = _connection_of(session)
+            self._connection = connection = _connection_of(session)
             _listen(connection)
             _check_transaction(connection)
             buffer = _buffers.setdefault(connection, _Buffer())
@@ -262,9 +264,9 @@ class _AsyncBuffer:
         """The Session is done but nothing was committed, when it is joined to an outer transaction: hand on to that."""
         if session.get_nested_transaction() is not None or not len(self._buffer):
             return
-        connection = _connection_of(session)
-        number = _innermost_savepoint(connection)
-        buffer = _buffers.setdefault(connection, _Buffer())
+        assert self._connection is not None, "set by _before_commit, which finds the same messages"
+        number = _innermost_savepoint(self._connection)
+        buffer = _buffers.setdefault(self._connection, _Buffer())
         for kept in self.hand_over():
             kept.savepoint = number
             buffer.kept.append(kept)
@@ -273,8 +275,18 @@ class _AsyncBuffer:
         if transaction.parent is None or transaction.nested:
             self._committing = False
         if transaction.parent is None:
+            self._connection = None
             self._buffer.drop()
             self._outboxes.clear()
+
+
+def _begin(session: Session) -> None:
+    if not session.autobegin:
+        raise ConfigurationError(
+            "publish into a Session that has not begun its transaction and does not do so by itself.",
+            remedy="Publish inside `with session.begin():`.",
+        )
+    session.begin()
 
 
 def _async_buffer(session: Session) -> _AsyncBuffer:

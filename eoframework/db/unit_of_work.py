@@ -29,7 +29,9 @@ SELECT set_config('statement_timeout', %(statement)s, true), set_config('lock_ti
         CASE WHEN current_setting('synchronous_commit') IN ('off', 'local') THEN 'on'
              ELSE current_setting('synchronous_commit') END, true)
 """
-_ENDS_TRANSACTION = re.compile(r"\s*(commit|rollback(?!\s+(work\s+|transaction\s+)?to\b)|end|abort|begin|start|prepare\s+transaction)\b", re.I)
+_ENDS_TRANSACTION = re.compile(
+    r"\s*(commit|rollback(?!\s+(work\s+|transaction\s+)?to\b)|end|abort|begin|start|prepare\s+transaction)\b", re.I
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +125,7 @@ class WorkerConnection:
         return TransactionStatus(driver.info.transaction_status)
 
     def check_intact(self) -> None:
-        """Fail if a statement failed and the handler went on: PostgreSQL would turn our COMMIT into a silent ROLLBACK."""
+        """Fail if a statement failed and the handler went on: PostgreSQL would make our COMMIT a silent ROLLBACK."""
         status = self.status()
         if status is TransactionStatus.INTRANS:
             return

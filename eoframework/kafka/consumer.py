@@ -55,11 +55,12 @@ class GroupConsumer:
         self._handed: dict[int, int] = {}
         self._rebalances = 0
         self._callback_error: BaseException | None = None
-        self.ended: set[int] = set()
+        self.ended: dict[int, int] = {}
+        """Partitions read to their end (with `enable.partition.eof`), and that end: markers lie before it."""
         self._consumer = Consumer({**config, "error_cb": _log_error, "on_commit": _log_commit})
         self._consumer.subscribe([topic], on_assign=self._assigned, on_revoke=self._revoked, on_lost=self._revoked)
 
-    # --- fetching ---------------------------------------------------------------------------------------------------
+    # --- fetching ---
 
     def fetch(self, limit: int, timeout: float) -> list[Record]:
         """Up to `limit` records, waiting at most `timeout` seconds for the first; raises what a person must see.
@@ -92,29 +93,34 @@ class GroupConsumer:
         return [first, *self._consumer.consume(limit - 1, 0)] if limit > 1 else [first]
 
     def _records(self, messages: list[ClientMessage]) -> list[Record]:
+        records: list[Record] = []
         for message in messages:
+            partition = message.partition()
             if (error := message.error()) is not None:
                 self._notice(message, error)
-        records = [_record(message) for message in messages if message.error() is None]
-        records = [record for record in records if record.partition in self._handed]
-        for record in records:
-            self._handed[record.partition] = record.offset + 1
-            self.ended.discard(record.partition)
+            elif partition in self._handed:
+                record = _record(message)
+                self._handed[record.partition] = record.offset + 1
+                self.ended.pop(record.partition, None)
+                records.append(record)
         return records
 
     def _notice(self, message: ClientMessage, error: KafkaError) -> None:
         """In-band errors: stop for what would be silent loss, note the rest."""
         code = error.code()
         if code == KafkaError._PARTITION_EOF:
-            self.ended.add(message.partition() or 0)
+            self.ended[message.partition() or 0] = message.offset() or 0
         elif code == KafkaError._AUTO_OFFSET_RESET:
             raise offset_out_of_range(self._topic, message.partition(), error.str())
         elif code in _NO_PERMISSION:
             raise ConfigurationError(
-                f"Kafka refuses topic {self._topic!r}: {error.str()}.", remedy="Grant this client Read on topic and group."
+                f"Kafka refuses topic {self._topic!r}: {error.str()}.",
+                remedy="Grant this client Read on topic and group.",
             )
         elif code == KafkaError._MAX_POLL_EXCEEDED:
-            log.warning("a batch took longer than max_poll_interval; the group took our partitions, they are claimed again")
+            log.warning(
+                "a batch took longer than max_poll_interval; the group took our partitions, they are claimed again"
+            )
         elif error.fatal():
             raise RestartNeeded(f"the Kafka consumer of {self._topic!r} cannot go on: {error.str()}.")
         else:
@@ -130,21 +136,24 @@ class GroupConsumer:
         wanted = [TopicPartition(self._topic, partition) for partition in self._handed]
         for found in self._consumer.position(wanted):
             stands = self._handed[found.partition]
-            if found.offset != OFFSET_INVALID and found.offset != stands:
+            if found.offset not in {OFFSET_INVALID, stands, self.ended.get(found.partition)}:
                 log.warning(
                     "%s[%d]: client at %d, handled up to %d; the records between are fetched again",
-                    self._topic, found.partition, found.offset, stands,
-                )  # fmt: skip
+                    self._topic,
+                    found.partition,
+                    found.offset,
+                    stands,
+                )
                 events.emit("kafka.loss_guarded", partition=found.partition)
                 self.rewind({found.partition: stands})
 
-    # --- moving about -------------------------------------------------------------------------------------------------
+    # --- moving about ---
 
     def rewind(self, offsets: Mapping[int, int]) -> None:
         """Fetch again from these offsets; a partition that is no longer assigned is left alone."""
         for partition, offset in tuple(offsets.items()):
             self._handed[partition] = offset
-            self.ended.discard(partition)
+            self.ended.pop(partition, None)
             try:
                 self._consumer.seek(TopicPartition(self._topic, partition, offset))
             except KafkaException as fault:
@@ -173,15 +182,20 @@ class GroupConsumer:
         """Tell the group where we stand, for lag tools only; a failure is logged and harmless."""
         marks = [TopicPartition(self._topic, p, o, metadata=OUR_COMMIT) for p, o in offsets.items()]
         try:
-            self._consumer.commit(offsets=marks, asynchronous=not wait)
+            if wait:
+                self._consumer.commit(offsets=marks, asynchronous=False)
+            else:
+                self._consumer.commit(offsets=marks)
         except KafkaException as fault:
-            log.warning("group offsets not committed: %s; lag tools show an old value, nothing else", kafka_error(fault))
+            log.warning(
+                "group offsets not committed: %s; lag tools show an old value, nothing else", kafka_error(fault)
+            )
 
     def close(self) -> None:
         """Leave the group."""
         self._consumer.close()
 
-    # --- callbacks: inside fetch and close; they never raise -------------------------------------------------------------
+    # --- callbacks: inside fetch and close; they never raise ---
 
     def _assigned(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         self._rebalances += 1
@@ -207,7 +221,7 @@ class GroupConsumer:
         self._rebalances += 1
         for gone in partitions:
             self._handed.pop(gone.partition, None)
-            self.ended.discard(gone.partition)
+            self.ended.pop(gone.partition, None)
         try:
             self._on_revoked([p.partition for p in partitions])
         except BaseException as error:  # noqa: BLE001 - kept and raised by fetch
@@ -236,8 +250,8 @@ def _record(message: ClientMessage) -> Record:
         message.topic() or "",
         message.partition() or 0,
         message.offset() or 0,
-        message.key(),  # type: ignore[arg-type]
-        message.value(),  # type: ignore[arg-type]
+        message.key(),
+        message.value(),
         tuple(message.headers() or ()),  # type: ignore[arg-type]
         timestamp if kind else -1,
     )

@@ -77,6 +77,7 @@ class TransactionalProducer:
         self._discard()
         self._may_open()
         producer = BatchProducer(self._config, stopping=self._stopping)
+        events.emit("kafka.producer.opening", transactional_id=self._name)
         try:
             self._initialise(producer)
         except BaseException:

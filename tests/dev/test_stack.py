@@ -111,13 +111,34 @@ def test_parallel_projects_do_not_collide_and_run_leaves_nothing(tmp_path: Path)
 def test_killed_parent_leaves_nothing(state_dir: Path) -> None:
     """SIGKILL of `eo dev run`. Seen to fail with the two `_end` calls of the guard's loop removed."""
     process = eo_dev("run", "--state-dir", state_dir, "--", "sleep", "300")
-    assert processes.wait_until(lambda: "sleep" in names(descendants(process.pid)), 60)
-    family = descendants(process.pid)
-    assert {"java", "postgres", "sleep"} <= names(family)
+    family = whole_family(process.pid)
     process.kill()
     process.communicate()
     assert processes.wait_until(lambda: not any(alive(child) for child in family), 15)
     assert nothing_runs_in(state_dir)
+
+
+def test_interrupt_reaches_the_command_and_then_ends_the_services(state_dir: Path) -> None:
+    """Ctrl-C goes to the terminal's whole group: the command finishes in its own way, with the services still there."""
+    command = f"trap 'test -d /proc/$(cat {state_dir}/java) && exit 9' INT; sleep 300 & wait; exit 8"
+    process = eo_dev("run", "--state-dir", state_dir, "--", "sh", "-c", command, start_new_session=True)
+    family = whole_family(process.pid)
+    (java_pid,) = [child.pid for child in family if child.name() == "java"]
+    (state_dir / "java").write_text(str(java_pid))
+    os.killpg(process.pid, signal.SIGINT)
+    code, _, err = finish(process)
+    (state_dir / "java").unlink()
+    assert code == 9, err
+    assert processes.wait_until(lambda: not any(alive(child) for child in family), 15)
+    assert nothing_runs_in(state_dir)
+
+
+def whole_family(pid: int) -> list[psutil.Process]:
+    """All processes of an `eo dev run` whose command sleeps, once that has begun."""
+    assert processes.wait_until(lambda: "sleep" in names(descendants(pid)), 60)
+    family = descendants(pid)
+    assert {"java", "postgres", "sleep"} <= names(family)
+    return family
 
 
 @pytest.mark.parametrize("moment", ["format", "kafka.Kafka"])
@@ -145,6 +166,7 @@ def test_dead_broker_is_told_and_started_again(state_dir: Path) -> None:
     code, out, _ = finish(eo_dev("status", "--state-dir", state_dir))
     assert code == 69
     assert "kafka     dead" in out
+    assert "so it was killed" in out
     assert "`eo dev up` starts it again" in out
     code, out, _ = finish(eo_dev("status", "--state-dir", state_dir, "--json"))
     assert json.loads(out)["postgres"]["state"] == "running"

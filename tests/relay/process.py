@@ -1,4 +1,4 @@
-"""A relay process that kills or holds itself at a named event; what a test needs of it is all here, none in the product.
+"""A relay process that kills or holds itself at a named event: all of it stands here, none of it in the product.
 
 --die-at EVENT[:n]   SIGKILL itself at the n-th time (default the first); EVENT+ kills from a thread a moment later, so
                      that the call after the event is under way

@@ -1,0 +1,1 @@
+"""Orders, stock and confirmations: the example that `make demo` runs and kills."""

@@ -1,0 +1,34 @@
+"""Crash points for the processes under test: listeners on events, armed from outside by the environment.
+
+CRASH_AT="db.committing:3" kills the process (SIGKILL) at the third such event; FREEZE_AT stops it (SIGSTOP) there,
+and whoever wants it to go on sends SIGCONT. FREEZE_MARK names a file that is made just before.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import Counter
+from pathlib import Path
+
+from eoframework import events
+
+
+def arm_from_environment() -> None:
+    """Called by the test's app module when it is imported."""
+    seen: Counter[str] = Counter()
+    crash_at, freeze_at = os.environ.get("CRASH_AT", ""), os.environ.get("FREEZE_AT", "")
+    if not crash_at and not freeze_at:
+        return
+
+    def on_event(name: str, _fields: dict[str, object]) -> None:
+        seen[name] += 1
+        if f"{name}:{seen[name]}" == crash_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if f"{name}:{seen[name]}" == freeze_at:
+            mark = os.environ.get("FREEZE_MARK")
+            if mark:
+                Path(mark).touch()
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    events.subscribe(on_event)

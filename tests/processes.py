@@ -1,0 +1,157 @@
+"""`eo` processes under test, plain producers and readers, and waiting for conditions with a deadline."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from confluent_kafka import Consumer, KafkaError, Message, Producer, TopicPartition
+
+from eoframework.settings import Settings
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+class Eo:
+    """One `eo` process; its output is kept for the failure message."""
+
+    def __init__(self, *arguments: str, environment: dict[str, str], log: Path) -> None:
+        self.log = log
+        with log.open("ab") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "eoframework.cli", *arguments],
+                env={**os.environ, **environment},
+                cwd=REPOSITORY,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+            )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def signal(self, number: signal.Signals) -> None:
+        os.kill(self.pid, number)
+
+    def wait(self, timeout: float = 60) -> int:
+        """The exit code; -9 after SIGKILL."""
+        try:
+            return self._process.wait(timeout)
+        except subprocess.TimeoutExpired as error:
+            raise AssertionError(f"still running after {timeout} s:\n{self.output()}") from error
+
+    def running(self) -> bool:
+        return self._process.poll() is None
+
+    def stop(self, timeout: float = 30) -> int:
+        """SIGTERM and wait."""
+        if self.running():
+            self.signal(signal.SIGCONT)
+            self.signal(signal.SIGTERM)
+        return self.wait(timeout)
+
+    def kill(self) -> None:
+        if self.running():
+            self.signal(signal.SIGKILL)
+        self._process.wait(10)
+
+    def output(self) -> str:
+        return self.log.read_text(errors="replace")[-6000:]
+
+
+@contextmanager
+def eo_process(*arguments: str, environment: dict[str, str], log: Path) -> Iterator[Eo]:
+    """A process that is gone at the end of the block, however it ends."""
+    process = Eo(*arguments, environment=environment, log=log)
+    try:
+        yield process
+    finally:
+        process.kill()
+
+
+def settings_environment(settings: Settings, **more: str) -> dict[str, str]:
+    """The settings a child process needs to reach this test's database and broker."""
+    return {
+        "EO_DATABASE_URL": settings.require_database_url(),
+        "EO_KAFKA_BOOTSTRAP_SERVERS": settings.require_bootstrap_servers(),
+        **more,
+    }
+
+
+def eventually(condition: Callable[[], Any], what: str, *, seconds: float = 40, log: Path | None = None) -> Any:
+    """Wait until the condition is true and return its value; the deadline is only there to end a broken run."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.05)
+    tail = f"\n{log.read_text(errors='replace')[-6000:]}" if log is not None and log.exists() else ""
+    raise AssertionError(f"not within {seconds} s: {what}{tail}")
+
+
+Sending = tuple[bytes | None, bytes | None] | tuple[bytes | None, bytes | None, list[tuple[str, bytes]]]
+
+
+def produce(bootstrap_servers: str, topic: str, messages: Iterable[Sending], *, partition: int = -1) -> None:
+    """Send with a plain producer and wait for every acknowledgement."""
+    producer = Producer({"bootstrap.servers": bootstrap_servers, "enable.idempotence": True, "linger.ms": 1})
+    failures: list[KafkaError] = []
+    for message in messages:
+        key, value, headers = (*message, [])[:3]
+        producer.produce(
+            topic,
+            key=key,
+            value=value,
+            headers=headers,
+            partition=partition,
+            on_delivery=lambda error, _: failures.append(error) if error else None,
+        )
+        producer.poll(0)
+    assert producer.flush(30) == 0
+    assert not failures, failures
+
+
+def read_topic(bootstrap_servers: str, topic: str, *, isolation: str = "read_committed") -> list[Message]:
+    """Everything in the topic, partition by partition, read by a plain consumer."""
+    consumer = Consumer(
+        {
+            "bootstrap.servers": bootstrap_servers,
+            "group.id": f"reader-{os.getpid()}",
+            "isolation.level": isolation,
+            "enable.auto.commit": False,
+            "auto.offset.reset": "earliest",
+            "enable.partition.eof": True,
+        }
+    )
+    try:
+        waiting = set(consumer.list_topics(topic, timeout=10).topics[topic].partitions)
+        found: dict[int, list[Message]] = {partition: [] for partition in waiting}
+        consumer.assign([TopicPartition(topic, partition, 0) for partition in waiting])
+        deadline = time.monotonic() + 60
+        while waiting:
+            assert time.monotonic() < deadline, f"{topic} not read to its end: {waiting}"
+            for message in consumer.consume(1000, 0.5):
+                error = message.error()
+                if error is None:
+                    found[message.partition() or 0].append(message)
+                elif error.code() == KafkaError._PARTITION_EOF:
+                    waiting.discard(message.partition() or 0)
+                else:
+                    raise AssertionError(f"reading {topic}: {error}")
+        return [message for partition in sorted(found) for message in found[partition]]
+    finally:
+        consumer.close()
+
+
+def contiguous(numbers: Sequence[int], count: int) -> bool:
+    """0, 1, 2, ... each once and in order."""
+    return list(numbers) == list(range(count))
