@@ -232,6 +232,7 @@ class _AsyncBuffer:
         self._connection: Connection | None = None
         event.listen(session, "before_commit", self._before_commit)
         event.listen(session, "after_commit", self._after_commit)
+        event.listen(session, "after_rollback", self._after_rollback)
         event.listen(session, "after_transaction_end", self._after_transaction_end)
 
     def publish(self, outbox: Outbox, message: OutboxMessage) -> None:
@@ -244,40 +245,69 @@ class _AsyncBuffer:
             return
         if not session.in_transaction():
             _begin(session)
+        outer = _joined_to(session)
+        if outer is not None:
+            self._attach(outer)
         self._outboxes[self._buffer.add(message)] = outbox
 
     def hand_over(self) -> list[_Kept]:
         """Everything not rolled back so far, outside of any savepoint."""
         return [_Kept(self._outboxes.pop(p.place), p.message, 0, p.place) for p in self._buffer.take()]
 
-    def _before_commit(self, session: Session) -> None:
-        self._committing = True
-        if len(self._buffer):
-            self._connection = connection = _connection_of(session)
-            _listen(connection)
-            _check_transaction(connection)
-            buffer = _buffers.setdefault(connection, _Buffer())
-            if self not in buffer.sessions:
-                buffer.sessions.append(self)
+    def _attach(self, connection: Connection) -> None:
+        """Be asked for the messages when `connection` commits."""
+        _listen(connection)
+        _check_transaction(connection)
+        buffer = _buffers.setdefault(connection, _Buffer())
+        if self not in buffer.sessions:
+            buffer.sessions.append(self)
 
-    def _after_commit(self, session: Session) -> None:
-        """The Session is done but nothing was committed, when it is joined to an outer transaction: hand on to that."""
-        if session.get_nested_transaction() is not None or not len(self._buffer):
-            return
-        assert self._connection is not None, "set by _before_commit, which finds the same messages"
-        number = _innermost_savepoint(self._connection)
-        buffer = _buffers.setdefault(self._connection, _Buffer())
+    def _hand_on(self, connection: Connection) -> None:
+        """The Session is done, `connection` is not: what was published now depends on that alone."""
+        number = _innermost_savepoint(connection)
+        buffer = _buffers.setdefault(connection, _Buffer())
         for kept in self.hand_over():
             kept.savepoint = number
             buffer.kept.append(kept)
 
-    def _after_transaction_end(self, _session: Session, transaction: SessionTransaction) -> None:
+    def _before_commit(self, session: Session) -> None:
+        self._committing = True
+        if len(self._buffer):
+            self._connection = _connection_of(session)
+            self._attach(self._connection)
+
+    def _after_commit(self, session: Session) -> None:
+        if session.get_nested_transaction() is None and len(self._buffer):
+            # Nothing was committed, or the connection would have taken them: joined to an outer transaction.
+            assert self._connection is not None, "set by _before_commit, which finds the same messages"
+            self._hand_on(self._connection)
+
+    def _after_rollback(self, session: Session) -> None:
+        if session.get_nested_transaction() is None:
+            self._buffer.drop()
+
+    def _after_transaction_end(self, session: Session, transaction: SessionTransaction) -> None:
         if transaction.parent is None or transaction.nested:
             self._committing = False
         if transaction.parent is None:
+            outer = _joined_to(session)
+            if len(self._buffer) and outer is not None and not _closing_undoes(session, outer):
+                self._hand_on(outer)
             self._connection = None
             self._buffer.drop()
             self._outboxes.clear()
+
+
+def _joined_to(session: Session) -> Connection | None:
+    """The Connection whose transaction the Session takes part in."""
+    bind = session.bind
+    return bind if isinstance(bind, Connection) and bind.in_transaction() else None
+
+
+def _closing_undoes(session: Session, outer: Connection) -> bool:
+    """Whether closing a joined Session without a commit takes back its effects, and so its messages."""
+    mode = session.join_transaction_mode
+    return mode != "rollback_only" and (mode != "conditional_savepoint" or outer.in_nested_transaction())
 
 
 def _begin(session: Session) -> None:

@@ -12,7 +12,8 @@ from eoframework import App, Topic
 from eoframework.db.session import Database
 from eoframework.settings import Settings
 
-Published = Callable[[], list[object]]
+Published = Callable[[], list[int]]
+Names = Callable[[], list[str]]
 
 events: Topic[dict[str, object]] = Topic("events", dict[str, object], key="k")
 
@@ -43,7 +44,7 @@ def app(engine: Engine, settings: Settings) -> App:
 def published(engine: Engine) -> Published:
     """The `n` of all outbox rows, in the order the relay will take them."""
 
-    def read() -> list[object]:
+    def read() -> list[int]:
         with engine.connect() as connection:
             query = "SELECT convert_from(payload, 'UTF8')::json ->> 'n' FROM eo.outbox_message ORDER BY seq"
             return [int(n) for n in connection.execute(text(query)).scalars()]
@@ -52,10 +53,10 @@ def published(engine: Engine) -> Published:
 
 
 @pytest.fixture
-def items(engine: Engine) -> Published:
+def items(engine: Engine) -> Names:
     """The names of all items."""
 
-    def read() -> list[object]:
+    def read() -> list[str]:
         with engine.connect() as connection:
             return list(connection.execute(text("SELECT name FROM item ORDER BY id")).scalars())
 

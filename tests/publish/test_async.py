@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Awaitable, Callable
 
 import pytest
@@ -18,7 +19,7 @@ from sqlalchemy.ext.asyncio import (
 from sqlalchemy.orm import Session
 
 from eoframework import App, ConfigurationError
-from tests.publish.conftest import Item, Published, event, events
+from tests.publish.conftest import Item, Names, Published, event, events
 
 Body = Callable[[AsyncEngine], Awaitable[None]]
 Run = Callable[[Body], None]
@@ -38,7 +39,7 @@ def run(engine: Engine, database_url: str) -> Run:
     return lambda body: asyncio.run(with_engine(body))
 
 
-def test_commit_rollback_and_reuse(app: App, run: Run, published: Published, items: Published) -> None:
+def test_commit_rollback_and_reuse(app: App, run: Run, published: Published, items: Names) -> None:
     """Fails without `_AsyncBuffer._before_commit`."""
 
     async def body(engine: AsyncEngine) -> None:
@@ -127,6 +128,46 @@ def test_a_joined_session_inside_a_savepoint_of_the_connection(app: App, run: Ru
 
     run(body)
     assert published() == [2]
+
+
+@pytest.mark.parametrize("end", ["left open", "closed", "rolled back"])
+def test_a_joined_session_that_is_not_committed_publishes_if_its_effects_stay(
+    app: App, run: Run, published: Published, items: Names, end: str
+) -> None:
+    """Effects and messages share their fate, in all of SQLAlchemy's ways of joining and leaving.
+
+    Fails without `_hand_on` in `_after_transaction_end`, without `_attach` in `publish`, or without `_after_rollback`.
+    """
+    modes = ["conditional_savepoint", "rollback_only", "create_savepoint", "control_fully"]
+    cases = list(itertools.product(modes, [True, False], [True, False]))
+
+    async def one(engine: AsyncEngine, n: int, mode: str, in_savepoint: bool, asynchronous: bool) -> None:
+        async with engine.connect() as connection:
+            outer = await connection.begin()
+            if in_savepoint:
+                await connection.begin_nested()
+            session = AsyncSession(connection, join_transaction_mode=mode)
+            await session.execute(text("INSERT INTO item VALUES (:n, :name)"), {"n": n, "name": str(n)})
+            if asynchronous:
+                app.publish(session, events, event(n))
+            else:
+                await session.run_sync(lambda sync: app.publish(sync, events, event(n)))
+            if end == "closed":
+                await session.close()
+            elif end == "rolled back":
+                await session.rollback()
+            if outer.is_active:
+                await outer.commit()
+            await session.close()
+
+    async def body(engine: AsyncEngine) -> None:
+        for n, case in enumerate(cases):
+            await one(engine, n, *case)
+
+    run(body)
+    stayed = [int(name) for name in items()]
+    assert {n: cases[n] for n in published()} == {n: cases[n] for n in stayed}
+    assert len(stayed) < len(cases) if end != "left open" else len(stayed) == len(cases)
 
 
 def test_connection_and_session_keep_the_order_of_publishing(app: App, run: Run, published: Published) -> None:
