@@ -163,6 +163,14 @@ class Ownership:
     def _hold(self, claim: Claim) -> Claim:
         self.claims[claim.partition] = claim
         self._waiting.pop(claim.partition, None)
+        log.info(
+            "%s: claimed %s[%d] at %d, epoch %d",
+            self._stream.consumer,
+            self._stream.topic,
+            claim.partition,
+            claim.next_offset,
+            claim.epoch,
+        )
         events.emit("consume.claimed", partition=claim.partition, offset=claim.next_offset, epoch=claim.epoch)
         return claim
 

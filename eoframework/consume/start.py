@@ -70,8 +70,8 @@ class Start:
         old = undeclared[0].removeprefix(f"{app}.")
         raise ConfigurationError(
             f"{self._handler.where}: consumer {self._handler.group!r} is new on topic {topic!r}, but the database "
-            f"knows {', '.join(undeclared)}, which this app no longer declares. Renaming a handler would process the whole "
-            "topic a second time.",
+            f"knows {', '.join(undeclared)}, which this app no longer declares. Renaming a handler "
+            "would process the whole topic a second time.",
             remedy=f"If it is the same handler, say name={old!r}. If it is a new one, retire the old: "
             f"eo position forget {undeclared[0]}",
         )

@@ -176,8 +176,8 @@ def _torment(engine: Engine, roles: list[Role], options: Options, rng: random.Ra
 
 
 def _strike(role: Role, progress: Progress) -> None:
-    role.kill()
-    progress.console.print(f"  [red]SIGKILL[/] {role.name}", highlight=False)
+    if role.kill():
+        progress.console.print(f"  [red]SIGKILL[/] {role.name}", highlight=False)
 
 
 def _freeze(roles: list[Role], progress: Progress) -> None:

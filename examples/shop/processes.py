@@ -55,12 +55,14 @@ class Role:
                     stderr=log,
                 )
 
-    def kill(self) -> None:
-        """SIGKILL: no drain, no goodbye."""
-        if self._process is not None and self._paused_until is None and self._process.poll() is None:
-            self._signal(signal.SIGKILL)
-            self._process.wait()
-            self.kills += 1
+    def kill(self) -> bool:
+        """SIGKILL: no drain, no goodbye. False if there is nothing to kill now."""
+        if self._process is None or self._paused_until is not None or self._process.poll() is not None:
+            return False
+        self._signal(signal.SIGKILL)
+        self._process.wait()
+        self.kills += 1
+        return True
 
     def pause(self, seconds: float) -> None:
         """SIGSTOP: to everybody else it looks dead, and then it wakes up and believes it still owns its work."""
