@@ -8,11 +8,12 @@ from pathlib import Path
 from eoframework.errors import ConfigurationError, EoError, Unreachable
 
 _TAIL = 200_000
+_WIDTH = 300
 _DECISIVE = re.compile(r"\b(ERROR|FATAL|PANIC|Exception|Caused by|error:|Error occurred|OutOfMemory)", re.IGNORECASE)
 _CAUSES = [
     (
         re.compile(r"Address already in use|could not bind"),
-        "Stop the program on that port, or name no port.",
+        "Run it again, for another free port, or stop the program on it.",
     ),
     (re.compile(r"No space left on device|Disk quota exceeded"), "Free about 500 MB of disk there, and start again."),
     (
@@ -24,13 +25,17 @@ _CAUSES = [
 
 
 def decisive_line(log: Path) -> str:
-    """The line of the log's newest part that tells the cause; else its last line; else a word that it is empty."""
+    """The line of the log's newest part that tells the cause; else a word that there is none."""
     lines = _last_lines(log)
+    # Kafka writes "error" into lines that only inform, as while it waits for its killed predecessor's session to end.
+    serious = [line for line in lines if " INFO " not in line]
     for pattern in [cause for cause, _ in _CAUSES] + [_DECISIVE]:
-        for line in lines:
+        for line in serious:
             if pattern.search(line):
-                return line[:300]
-    return lines[-1][:300] if lines else "(its log is empty)"
+                return line[:_WIDTH]
+    return (
+        f"no error in its log, so it was killed; the last line: {lines[-1][:_WIDTH]}" if lines else "its log is empty"
+    )
 
 
 def died(what: str, log: Path, code: int | None) -> EoError:

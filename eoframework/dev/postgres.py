@@ -100,7 +100,7 @@ class PostgresServer:
         stop = stop or threading.Event()
         if self._state.port is None:
             self.choose_port()
-        programs = self._options.programs or self._programs()
+        programs = self._programs()
         self._initialise(programs)
         logs.mark(self.log)
         self._guarded = processes.spawn(self._plan(self._server_command(programs), grace=8.0))

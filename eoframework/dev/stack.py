@@ -270,7 +270,9 @@ def _open(
         directory.path / "postgres.log",
         state.postgres,
         postgres,
-        programs=lambda: postgres_programs.reachable(postgres_programs.find(), user, open_home.PROGRAMS),
+        programs=lambda: postgres_programs.reachable(
+            postgres.programs or postgres_programs.find(), user, open_home.PROGRAMS
+        ),
         user=user,
         changed=changed,
     )

@@ -17,16 +17,15 @@ from eoframework.dev import processes
 ROOT = Path(dev.__file__).parents[2]
 
 
-def eo_dev(*arguments: str | Path, **options: object) -> subprocess.Popen[str]:
+def eo_dev(*arguments: str | Path, start_new_session: bool = False) -> subprocess.Popen[str]:
     """`eo dev …` as a process of its own."""
-    command = [sys.executable, "-m", "eoframework.cli.dev", *map(str, arguments)]
     return subprocess.Popen(
-        command,
+        [sys.executable, "-m", "eoframework.cli.dev", *map(str, arguments)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        **options,  # type: ignore[call-overload, no-any-return]
+        start_new_session=start_new_session,
     )
 
 
@@ -68,7 +67,7 @@ def state_dir(tmp_path: Path) -> Iterator[Path]:
 def descendants(pid: int) -> list[psutil.Process]:
     """The children of a process and theirs."""
     try:
-        return psutil.Process(pid).children(recursive=True)
+        return list(psutil.Process(pid).children(recursive=True))
     except psutil.NoSuchProcess:
         return []
 

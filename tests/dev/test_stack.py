@@ -118,19 +118,34 @@ def test_killed_parent_leaves_nothing(state_dir: Path) -> None:
     assert nothing_runs_in(state_dir)
 
 
-def test_interrupt_reaches_the_command_and_then_ends_the_services(state_dir: Path) -> None:
+def test_interrupt_reaches_the_command_and_then_ends_the_services(state_dir: Path, tmp_path: Path) -> None:
     """Ctrl-C goes to the terminal's whole group: the command finishes in its own way, with the services still there."""
-    command = f"trap 'test -d /proc/$(cat {state_dir}/java) && exit 9' INT; sleep 300 & wait; exit 8"
-    process = eo_dev("run", "--state-dir", state_dir, "--", "sh", "-c", command, start_new_session=True)
-    family = whole_family(process.pid)
-    (java_pid,) = [child.pid for child in family if child.name() == "java"]
-    (state_dir / "java").write_text(str(java_pid))
+    script = tmp_path / "command.py"
+    script.write_text(COMMAND)
+    process = eo_dev("run", "--state-dir", state_dir, "--", sys.executable, script, start_new_session=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    family = descendants(process.pid)
     os.killpg(process.pid, signal.SIGINT)
-    code, _, err = finish(process)
-    (state_dir / "java").unlink()
-    assert code == 9, err
+    code, out, err = finish(process)
+    assert (code, out) == (9, "still there\n"), err
     assert processes.wait_until(lambda: not any(alive(child) for child in family), 15)
     assert nothing_runs_in(state_dir)
+
+
+COMMAND = """
+import os, signal, sys
+import psycopg
+
+def interrupted(number, frame):
+    with psycopg.connect(os.environ["EO_DATABASE_URL"].replace("+psycopg", "")) as connection:
+        print(connection.execute("select 'still there'").fetchone()[0])
+    sys.exit(9)
+
+signal.signal(signal.SIGINT, interrupted)
+print("ready", flush=True)
+signal.pause()
+"""
 
 
 def whole_family(pid: int) -> list[psutil.Process]:
