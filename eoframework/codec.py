@@ -7,6 +7,8 @@ from typing import Any, Protocol
 from pydantic import TypeAdapter
 from typing_extensions import TypeVar
 
+from eoframework.payload_types import record_classes, required_keys
+
 T = TypeVar("T")
 
 
@@ -35,11 +37,18 @@ class JsonCodec:
 
     def __init__(self, payload_type: Any) -> None:
         self._adapter: TypeAdapter[Any] = TypeAdapter(payload_type)
+        self._classes = record_classes(payload_type)
+        self._required = required_keys(payload_type)
 
     def encode(self, payload: Any) -> bytes:
-        # pydantic only warns about a payload that is not of the declared type, and writes it: the reader of the topic
-        # would be the one to find out.
-        return self._adapter.dump_json(payload, warnings="error")
+        # pydantic at most warns about a payload that is not of the declared type, and writes it: the reader of the
+        # topic would be the one to find out. It does not even warn about another class with the same fields.
+        if self._classes and not isinstance(payload, self._classes):
+            raise TypeError(f"expected {' or '.join(one.__name__ for one in self._classes)}")
+        if self._required and not self._required <= payload.keys():
+            raise TypeError(f"missing: {', '.join(sorted(self._required - payload.keys()))}")
+        # The aliases are what decode expects.
+        return self._adapter.dump_json(payload, warnings="error", by_alias=True)
 
     def decode(self, data: bytes) -> Any:
         return self._adapter.validate_json(data)

@@ -28,9 +28,9 @@ def text(value: object, topic: str, what: str) -> str:
             f"{topic}: a {what} of type {type(value).__name__} has no agreed form.",
             remedy=f"Make it str, bytes, int or UUID: {what}=lambda payload: str(...).",
         )
-    # int.__str__ and str.__str__: an enum's own text is its name, which changes with a rename in the source.
+    # The base class's own methods: an enum's text is its name, which changes with a rename in the source.
     plain = (
-        int.__str__(value) if isinstance(value, int) else str.__str__(value) if isinstance(value, str) else str(value)
+        int.__repr__(value) if isinstance(value, int) else str.__str__(value) if isinstance(value, str) else str(value)
     )
     try:
         plain.encode()

@@ -49,6 +49,18 @@ def type_name(payload: object, payload_type: Any) -> str | None:
     return str(known[0].__name__) if len(known) == 1 and is_typeddict(known[0]) else None
 
 
+def record_classes(payload_type: Any) -> tuple[type, ...]:
+    """The classes a payload must be an instance of; empty when a member is no model or dataclass."""
+    known = members(payload_type)
+    return known if all(_is_record_class(member) for member in known) else ()
+
+
+def required_keys(payload_type: Any) -> frozenset[str]:
+    """The keys that a payload must have: those of the one TypedDict declared."""
+    known = members(payload_type)
+    return frozenset(known[0].__required_keys__) if len(known) == 1 and is_typeddict(known[0]) else frozenset()
+
+
 def accepts(annotation: Any, payload_type: Any) -> bool:
     """Whether a parameter with this annotation takes every payload of the type."""
     wanted, given = unwrap(annotation), unwrap(payload_type)
@@ -63,6 +75,10 @@ def _takes(wanted: Any, given: Any) -> bool:
     if wanted in (Any, object) or wanted == given or wanted == get_origin(given):
         return True
     return isinstance(wanted, type) and isinstance(given, type) and issubclass(given, wanted)
+
+
+def _is_record_class(member: Any) -> bool:
+    return isinstance(member, type) and (dataclasses.is_dataclass(member) or hasattr(member, "model_fields"))
 
 
 def _member_has(member: Any, name: str) -> bool:

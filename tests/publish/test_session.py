@@ -224,7 +224,7 @@ def test_a_scoped_session_is_a_session(app: App, engine: Engine, published: Publ
 def test_a_failing_insert_rolls_the_user_s_effects_back(
     app: App, engine: Engine, published: Published, items: Names
 ) -> None:
-    """The outbox cannot be written: the transaction fails as a whole, and a later one of the connection has no part in it.
+    """The outbox cannot be written: the transaction fails as a whole, and later ones have no part of it.
 
     Fails without the rollback in `_on_commit`: SQLAlchemy sends none, and the next COMMIT keeps the effects.
     """
