@@ -63,6 +63,7 @@ class BatchProducer:
         self._first_fault: tuple[KafkaError, str | None] | None = None
         self._faults = 0
         self.trouble = ""
+        self.broken = False
         # Only failures are reported: 2,000 callbacks a batch that say "fine" would cost more than the batch.
         only_faults = {"delivery.report.only.error": True, "on_delivery": self._on_delivery, "error_cb": self._on_error}
         try:
@@ -85,9 +86,10 @@ class BatchProducer:
                 return
             except BufferError:
                 # The local queue is full: let it drain, then the same call again.
-                self.client.poll(_FLUSH_SLICE)
+                self._flush_slice()
                 self._raise_fault()
             except KafkaException as error:
+                self.broken = self.broken or kafka_error(error).fatal()
                 raise _fault(kafka_error(error), record.topic) from error
             except (TypeError, ValueError) as error:
                 raise Rejected(
@@ -103,7 +105,7 @@ class BatchProducer:
         known of the others.
         """
         deadline = clock.monotonic() + _FLUSH_DEADLINE
-        while self.client.flush(_FLUSH_SLICE) > 0:
+        while self._flush_slice() > 0:
             self._raise_fault()
             if self._stopping():
                 raise Retryable("stopped while Kafka had not confirmed the batch.")
@@ -114,12 +116,29 @@ class BatchProducer:
 
     def close(self) -> None:
         """Drop what is queued and end the client; never raises."""
+        if self.broken:
+            # Closing would try to abort a transaction that is no longer this producer's, and warn about it; its
+            # threads end with the object all the same.
+            return
         try:
             self.client.purge()
             self.client.close()
         except (KafkaException, RuntimeError) as error:
-            # A producer with a fatal error raises here; its threads end with the object all the same.
             _log.debug("closing a Kafka producer: %s", error)
+
+    def call_failed(self, error: KafkaException, what: str) -> EoError:
+        """The error for a failed call of the client (not of one record)."""
+        fault = kafka_error(error)
+        self.broken = self.broken or fault.fatal()
+        if is_topic_trouble(fault):
+            return Rejected(f"{what}: {fault.name()}: {fault.str()}.", topic=None, topic_trouble=True)
+        return classify(fault, what)
+
+    def _flush_slice(self) -> int:
+        try:
+            return self.client.flush(_FLUSH_SLICE)
+        except KafkaException as error:
+            raise self.call_failed(error, "sending a batch") from error
 
     def _raise_fault(self) -> None:
         if self._first_fault is None:
@@ -140,14 +159,6 @@ class BatchProducer:
     def _on_error(self, error: KafkaError) -> None:
         if error.code() != KafkaError._ALL_BROKERS_DOWN:
             self.trouble = error.str()
-
-
-def call_fault(error: KafkaException, what: str) -> EoError:
-    """The error for a failed call of the client (not of one record)."""
-    fault = kafka_error(error)
-    if is_topic_trouble(fault):
-        return Rejected(f"{what}: {fault.name()}: {fault.str()}.", topic=None, topic_trouble=True)
-    return classify(fault, what)
 
 
 def _fault(error: KafkaError, topic: str | None) -> EoError:

@@ -15,9 +15,9 @@ from typing import Any
 from confluent_kafka import KafkaError, KafkaException
 
 from eoframework import clock, events
-from eoframework.errors import ConfigurationError, RestartNeeded, Retryable
+from eoframework.errors import ConfigurationError, EoError, RestartNeeded, Retryable
 from eoframework.kafka.faults import kafka_error
-from eoframework.kafka.producer import BatchProducer, Outgoing, call_fault, lower_batch_size
+from eoframework.kafka.producer import BatchProducer, Outgoing, lower_batch_size
 
 _log = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ class TransactionalProducer:
         try:
             producer.client.begin_transaction()
         except KafkaException as error:
-            raise self._doubted(error, "beginning a Kafka transaction") from error
+            raise self._doubted(producer, error, "beginning a Kafka transaction") from error
 
     def send(self, record: Outgoing) -> None:
         """Queue a record in the open transaction."""
@@ -111,7 +111,7 @@ class TransactionalProducer:
         try:
             producer.client.commit_transaction(_CALL_TIMEOUT)
         except KafkaException as error:
-            raise self._doubted(error, "committing a Kafka transaction") from error
+            raise self._doubted(producer, error, "committing a Kafka transaction") from error
         taken = clock.monotonic() - started
         if taken >= self._quarantine_after:
             self.doubt(f"a commit took {taken * 1000:.0f} ms, so its EndTxn may have been sent twice")
@@ -163,9 +163,9 @@ class TransactionalProducer:
         events.emit("kafka.producer.replaced", transactional_id=self._name, why=self._doubt, count=self.replaced)
         self._doubt = ""
 
-    def _doubted(self, error: KafkaException, what: str) -> Exception:
+    def _doubted(self, producer: BatchProducer, error: KafkaException, what: str) -> EoError:
         self.doubt(f"{what} failed: {kafka_error(error).str()}")
-        return call_fault(error, f"{what} as {self._name}")
+        return producer.call_failed(error, f"{what} as {self._name}")
 
     def _initialise(self, producer: BatchProducer) -> None:
         deadline = clock.monotonic() + _CALL_TIMEOUT
@@ -184,7 +184,7 @@ class TransactionalProducer:
                 remedy="Grant WRITE and DESCRIBE on transactional ids with the prefix eo.relay. to this principal.",
             ) from error
         if not fault.retriable() or late or self._stopping():
-            found = call_fault(error, f"starting the producer {self._name}")
+            found = producer.call_failed(error, f"starting the producer {self._name}")
             if isinstance(found, RestartNeeded) or fault.retriable():
                 trouble = f" ({producer.trouble})" if producer.trouble else ""
                 raise Retryable(f"{found.what}{trouble}") from error

@@ -30,9 +30,11 @@ def settle(
         batch_no + 1          published, not deleted: the same rows are deleted now
         anything else         fail closed
     """
-    state = shards.check(claim)
-    place = find_place(checkpoints, {claim.shard: state}, shard_count=shard_count)
+    place = find_place(checkpoints, {claim.shard: shards.check(claim)}, shard_count=shard_count)
     last = checkpoints.last(claim.shard)
+    # After the checkpoint, not before: a relay frozen in between would compare its successor's checkpoint with its own
+    # old state, and call that a contradiction.
+    state = shards.check(claim)
     if last is None:
         _first_use(claim, shards, state, place)
         return place, state.batch_no

@@ -38,7 +38,7 @@ _MAX_BYTES = 16 * 1024 * 1024
 _POLL_FIRST = 0.001
 _POLL_LONGEST = 10.0
 # A request carries more than its records; the limit of a topic counts that too.
-_REQUEST_SHARE = 0.9
+_REQUEST_SHARE = 0.97
 
 
 class Sender(Protocol):

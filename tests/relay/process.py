@@ -2,7 +2,9 @@
 
 --die-at EVENT[:n]   SIGKILL itself at the n-th time (default the first); EVENT+ kills from a thread a moment later, so
                      that the call after the event is under way
---hold EVENT         at the first time, write the event to the --told file and stop itself (SIGSTOP) until SIGCONT
+--hold EVENT[:n]     at the n-th time, write the event to the --told file and stop itself (SIGSTOP) until SIGCONT;
+                     EVENT may be sql:TEXT, then it is before the first statement that begins with TEXT
+--patience SHARE     of retry.backoff.ms before a commit is doubted: 0 doubts all, inf none
 """
 
 from __future__ import annotations
@@ -13,11 +15,15 @@ import os
 import signal
 import sys
 import threading
+from collections import Counter
 from pathlib import Path
+
+from sqlalchemy import Engine, event
 
 from eoframework import clock, events, lifecycle
 from eoframework.db.schema import Schema
 from eoframework.db.session import open_database
+from eoframework.kafka import transaction
 from eoframework.relay import RelayWorker
 from eoframework.settings import Settings
 
@@ -29,24 +35,28 @@ class Conduct:
         name, _, nth = die_at.partition(":")
         self._soon = name.endswith("+")
         self._die_at, self._nth = name.rstrip("+"), int(nth or 1)
-        self._hold, self._told = hold, told
-        self._seen = 0
+        self._hold, _, hold_nth = hold.rpartition(":") if hold[-1:].isdigit() else (hold, "", "1")
+        self._hold_nth, self._told = int(hold_nth), told
+        self._seen: Counter[str] = Counter()
         self._lock = threading.Lock()
 
     def __call__(self, name: str, fields: dict[str, object]) -> None:
-        if name == self._die_at:
-            with self._lock:
-                self._seen += 1
-                now = self._seen == self._nth
-            if now and self._soon:
-                threading.Thread(target=self._die_soon, daemon=True).start()
-            elif now:
-                os.kill(os.getpid(), signal.SIGKILL)
         with self._lock:
-            holding, self._hold = (name == self._hold), ("" if name == self._hold else self._hold)
-        if holding:
+            self._seen[name] += 1
+            seen = self._seen[name]
+        if name == self._die_at and seen == self._nth:
+            if self._soon:
+                threading.Thread(target=self._die_soon, daemon=True).start()
+            else:
+                os.kill(os.getpid(), signal.SIGKILL)
+        if name == self._hold and seen == self._hold_nth:
             self._told.write_text(name)
             os.kill(os.getpid(), signal.SIGSTOP)
+
+    def on_statement(self, connection: object, cursor: object, statement: str, *_: object) -> None:
+        text = self._hold.removeprefix("sql:")
+        if text != self._hold and statement.lstrip().startswith(text):
+            self(self._hold, {})
 
     def _die_soon(self) -> None:
         clock.sleep(clock.jitter(0.0, 0.002))
@@ -59,9 +69,14 @@ def main() -> int:
     parser.add_argument("--hold", default="")
     parser.add_argument("--told", type=Path, required=True)
     parser.add_argument("--once", action="store_true")
+    parser.add_argument("--patience", type=float)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(threadName)s %(levelname)s %(message)s")
-    events.subscribe(Conduct(arguments.die_at, arguments.hold, arguments.told))
+    conduct = Conduct(arguments.die_at, arguments.hold, arguments.told)
+    events.subscribe(conduct)
+    event.listen(Engine, "before_cursor_execute", conduct.on_statement)
+    if arguments.patience is not None:
+        transaction._QUARANTINE_SHARE = arguments.patience
     settings = Settings.load()
     database = open_database(settings.require_database_url(), Schema(settings.database_schema))
     stop = threading.Event()

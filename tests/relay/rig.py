@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -119,9 +119,13 @@ class Rig:
 
     # --- processes ------------------------------------------------------------------------------------------------
 
-    def start(self, *, die_at: str = "", hold: str = "", once: bool = False, **changes: object) -> RelayProcess:
-        """A real relay process; `die_at` names the event at which it kills itself (`tests/relay/process.py`)."""
-        process = RelayProcess(self, f"relay{len(self.processes)}", die_at=die_at, hold=hold, once=once, **changes)
+    def start(
+        self, *, die_at: str = "", hold: str = "", once: bool = False, patience: str = "", **changes: object
+    ) -> RelayProcess:
+        """A real relay process; `die_at`, `hold` and `patience` are those of `tests/relay/process.py`."""
+        arguments = ["--die-at", die_at, "--hold", hold] + (["--once"] if once else [])
+        arguments += ["--patience", patience] if patience else []
+        process = RelayProcess(self, f"relay{len(self.processes)}", arguments, changes)
         self.processes.append(process)
         return process
 
@@ -146,8 +150,9 @@ class Rig:
 class RelayProcess:
     """A relay as a process of its own."""
 
-    def __init__(self, rig: Rig, name: str, *, die_at: str, hold: str, once: bool, **changes: object) -> None:
+    def __init__(self, rig: Rig, name: str, arguments: Sequence[str], changes: Mapping[str, object]) -> None:
         self.name = name
+        self._rig = rig
         self._log = rig.directory / f"{name}.log"
         self.told = rig.directory / f"{name}.told"
         settings = rig.settings.model_dump(mode="json", exclude={"database_url"})
@@ -158,10 +163,9 @@ class RelayProcess:
             "EO_RELAY_LEASE": "1.5",
             **{f"EO_{key.upper()}": str(value) for key, value in changes.items()},
         }
-        arguments = ["--die-at", die_at, "--hold", hold, "--told", str(self.told)] + (["--once"] if once else [])
         with self._log.open("wb") as log:
             self._popen = subprocess.Popen(
-                [sys.executable, "-m", "tests.relay.process", *arguments],
+                [sys.executable, "-m", "tests.relay.process", *arguments, "--told", str(self.told)],
                 cwd=REPOSITORY,
                 env=environment,
                 stdout=log,
@@ -174,6 +178,17 @@ class RelayProcess:
     def has_told(self, event: str) -> bool:
         """Whether the process passed the event of `hold` (it writes a file and waits there)."""
         return self.told.exists() and event in self.told.read_text()
+
+    def owns(self) -> int:
+        """How many shards the database says are this process's, by a lease that has not run out."""
+        found = self._rig.sql(
+            "SELECT count(*) FROM eo.relay_shard WHERE owner LIKE :name AND lease_until > clock_timestamp()",
+            name=f"%:{self._popen.pid}:%",
+        )
+        return int(str(found[0][0]))
+
+    def is_running(self) -> bool:
+        return self._popen.poll() is None
 
     def signal(self, number: int) -> None:
         self._popen.send_signal(number)
