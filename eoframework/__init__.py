@@ -35,7 +35,19 @@ _HOMES = {
     "HandlerMisuse": "errors",
 }
 
-__all__ = [*_HOMES]  # noqa: PLE0604 - the names above, once
+__all__ = [  # noqa: RUF022 - in the groups above
+    "App",
+    "Topic",
+    "Codec",
+    "Message",
+    "Tx",
+    "EoError",
+    "ConfigurationError",
+    "DeclarationError",
+    "DecodeError",
+    "EncodeError",
+    "HandlerMisuse",
+]
 
 
 def __getattr__(name: str) -> object:

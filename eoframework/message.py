@@ -13,7 +13,8 @@ from typing_extensions import TypeVar
 
 from eoframework import clock
 
-T = TypeVar("T", default=object)
+# Covariant: what takes any Message takes a Message[Order].
+T_co = TypeVar("T_co", default=object, covariant=True)
 
 Headers = tuple[tuple[str, bytes | None], ...]
 
@@ -38,14 +39,14 @@ class Record:
 
 
 @dataclass(frozen=True, slots=True)
-class Message(Generic[T]):
+class Message(Generic[T_co]):
     """A decoded delivery, as a handler sees it.
 
     `id` is the producer's message id, None when it gave none. `attempt` counts from 1 and only for re-runs after the
     handler's own failure.
     """
 
-    payload: T
+    payload: T_co
     id: UUID | None
     key: bytes | None
     headers: Headers
