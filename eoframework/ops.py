@@ -90,9 +90,7 @@ def move_position(
     low, high = admin.watermarks(line.topic, partition)
     offset = {"earliest": low, "latest": high}[to] if isinstance(to, str) else to
     if not low <= offset <= high:
-        raise FailClosed(
-            f"{line.topic}[{partition}] has offsets {low} to {high}, not {offset}.", remedy="Choose one of these."
-        )
+        raise NotFound(f"{line.topic}[{partition}] has offsets {low} to {high}, not {offset}.", remedy="Choose one.")
     epoch = desk.move(line, offset)
     _log.warning(
         "position of %s in %s[%d] moved by hand from %d to %d (epoch %d); its owner is fenced and goes on from there.",
@@ -131,7 +129,8 @@ def _payload(topic: Topic[Any], line: bytes, number: int) -> object:
         return topic.decode(record).payload
     except DecodeError as error:
         raise BadInput(
-            f"line {number}: {error.what.partition(': ')[2]}", remedy="Nothing was published; correct the line."
+            f"line {number}: {error.what.partition(': ')[2].rstrip('.')}.",
+            remedy="Nothing was published; correct the line.",
         ) from error
 
 

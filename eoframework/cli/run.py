@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass
 from typing import Annotated
 
 import typer
@@ -33,22 +34,32 @@ def command(
     with lifecycle.signals(stop):
         if worker_index is not None:
             lifecycle.stop_when_orphaned(stop)
-        code = _work(reference, handler or [], stop, once=once, wait=not no_wait, adopt_offsets=adopt_offsets)
+        work = _Work(reference, handler or [], once=once, wait=not no_wait, adopt_offsets=adopt_offsets)
+        code = work.run(stop, banner=not worker_index)
     raise typer.Exit(code)
 
 
-def _work(
-    reference: str, names: list[str], stop: threading.Event, *, once: bool, wait: bool, adopt_offsets: bool
-) -> int:
-    app = bootstrap.load_app(reference)
-    handlers = bootstrap.choose_handlers(app, names)
-    ready = bootstrap.prepare(app, stop=stop, wait=wait)
-    if ready is None:
-        return 0
-    bootstrap.check_topics(ready, handlers, reference)
-    bootstrap.log_run_banner(ready, handlers)
-    workers = bootstrap.run_workers(ready, handlers, stop=stop, once=once, adopt_offsets=adopt_offsets)
-    return lifecycle.run(workers, stop=stop, once=once)
+@dataclass(frozen=True)
+class _Work:
+    """What was asked for, for this process."""
+
+    reference: str
+    handlers: list[str]
+    once: bool
+    wait: bool
+    adopt_offsets: bool
+
+    def run(self, stop: threading.Event, *, banner: bool) -> int:
+        app = bootstrap.load_app(self.reference)
+        handlers = bootstrap.choose_handlers(app, self.handlers)
+        ready = bootstrap.prepare(app, stop=stop, wait=self.wait)
+        if ready is None:
+            return 0
+        bootstrap.check_topics(ready, handlers, self.reference)
+        if banner:
+            bootstrap.log_run_banner(ready, handlers)
+        workers = bootstrap.run_workers(ready, handlers, stop=stop, once=self.once, adopt_offsets=self.adopt_offsets)
+        return lifecycle.run(workers, stop=stop, once=self.once)
 
 
 def _supervise(arguments: list[str], workers: int, *, once: bool) -> int:

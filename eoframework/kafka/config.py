@@ -7,6 +7,7 @@ that know the key.
 from __future__ import annotations
 
 import logging
+import re
 from typing import Any
 
 from eoframework import clock, kafka_keys
@@ -14,6 +15,7 @@ from eoframework.settings import Settings
 
 _CLIENT_LOG = logging.getLogger("eoframework.kafka.client")
 _REPEAT_AFTER = 30.0
+_FIGURES = re.compile(r"\d+")
 
 # The quarantine rule takes a call that lasted half of this for one that was re-sent (DESIGN.md, "Quarantine"). The cap
 # must not be lower, or re-sends come earlier than the rule believes.
@@ -76,7 +78,8 @@ class _Repeats(logging.Filter):
         self._last: dict[str, float] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
-        text, now = record.getMessage(), clock.monotonic()
+        # Without its figures: "(after 3ms in state CONNECT)" makes every attempt a line of its own.
+        text, now = _FIGURES.sub("", record.getMessage()), clock.monotonic()
         if now - self._last.get(text, -_REPEAT_AFTER) < _REPEAT_AFTER:
             return False
         if len(self._last) > 1000:

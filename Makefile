@@ -1,0 +1,47 @@
+# The first Python that is new enough; override with `make PYTHON=/path/to/python3.12 test`.
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format venv clean
+
+help: ## Show what there is to make
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(READY) ## Orders against killed and frozen processes, on a real Kafka and PostgreSQL; then count
+	@$(BIN)/python -m examples.shop.demo
+
+test: lint ## Everything: lint, types, import rules, tests (pass T='tests/cli -k once' for some of them)
+	@echo "== tests"
+	@$(BIN)/python -m pytest $(T)
+
+lint: $(READY) ## Style, types and import rules
+	@echo "== ruff"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@echo "== mypy"
+	@$(BIN)/mypy
+	@echo "== import rules"
+	@$(BIN)/lint-imports --no-cache
+
+format: $(READY) ## Write the code as ruff would
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+venv: $(READY) ## A virtual environment with everything installed
+
+$(READY): pyproject.toml
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer found. Install one, or: make PYTHON=/path/to/python ..." >&2; exit 3; }
+	@echo "== virtual environment $(VENV) with $$($(PYTHON) --version)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "$(PYTHON) -m venv failed: on Debian and Ubuntu install python3-venv." >&2; exit 3; }
+	@# Dependency groups need pip 25.1; what comes with Python is often older.
+	@$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	@$(BIN)/python -m pip install --quiet --editable '.[dev,testing]' --group tools
+	@touch $(READY)
+
+clean: ## Remove the virtual environment and caches
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache dist build
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
