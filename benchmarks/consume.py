@@ -3,7 +3,7 @@
     eo dev run -- python -m benchmarks.consume [--messages N] [--rounds N]
 
 Measured by the database's own clock, from the first processed row to the last, so start-up and shut-down count for
-nobody. Every contender: 4 partitions, one process, batches of 500, one UPDATE of a row per message, a processed-message row and
+nobody. Every contender: 4 partitions, one process, batches of 500, an UPDATE, a processed-message row and
 an outbox row per message, synchronous_commit=on. Rounds are interleaved in rotating order; a round counts only after
 its effects have been verified; the figures to quote are the ratios of one run.
 
@@ -123,8 +123,8 @@ class Bench:
                 sums[message.payload.account] += message.payload.amount
                 tx.publish(out, message.payload, cause=message)
             tx.session.connection().exec_driver_sql(
-                "UPDATE account a SET amount = a.amount + d.amount FROM unnest(%s::int[], %s::bigint[]) AS d(id, amount)"
-                " WHERE a.id = d.id",
+                "UPDATE account a SET amount = a.amount + d.amount"
+                " FROM unnest(%s::int[], %s::bigint[]) AS d(id, amount) WHERE a.id = d.id",
                 (list(sums), list(sums.values())),
             )
 
