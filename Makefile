@@ -25,7 +25,7 @@ lint: $(READY) ## Style, types and import rules
 	@echo "== mypy"
 	@$(BIN)/mypy
 	@echo "== import rules"
-	@$(BIN)/lint-imports --no-cache
+	@$(BIN)/lint-imports
 
 format: $(READY) ## Write the code as ruff would
 	@$(BIN)/ruff check --fix .

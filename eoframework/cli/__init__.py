@@ -76,13 +76,16 @@ def _build(arguments: Sequence[str]) -> typer.Typer:
     return app
 
 
-def _root(
-    context: typer.Context,
-    version: bool = typer.Option(False, "--version", help="Show the version.", is_eager=True),
-) -> None:
-    if version:
+def _show_version(asked: bool) -> None:
+    if asked:
         typer.echo(import_module("importlib.metadata").version("eoframework"))
         raise typer.Exit()
+
+
+def _root(
+    version: bool = typer.Option(False, "--version", help="Show the version.", is_eager=True, callback=_show_version),
+) -> None:
+    """The options before a command."""
 
 
 def _not_loaded() -> None:

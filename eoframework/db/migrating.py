@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 from pathlib import Path
 
 from alembic import command
@@ -17,6 +18,9 @@ from eoframework.db.session import Database
 from eoframework.errors import ConfigurationError, NotFound, SchemaOutOfDate
 
 VERSION_TABLE = "alembic_version"
+
+# alembic's environment lives in globals of its modules.
+_ONE_AT_A_TIME = threading.Lock()
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -118,7 +122,8 @@ def _run(action: object, schema: Schema, revision: str, connection: Connection) 
 def _call(action: object, config: Config, revision: str, **options: object) -> None:
     assert callable(action)
     try:
-        action(config, revision, **options)
+        with _ONE_AT_A_TIME:
+            action(config, revision, **options)
     except CommandError as error:
         raise NotFound(f"{error}.", remedy="Versions are listed in the migrations folder.") from error
 
