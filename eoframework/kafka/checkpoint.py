@@ -18,7 +18,8 @@ from eoframework.kafka.faults import classify, kafka_error
 from eoframework.settings import Settings
 
 _TIMEOUT = 15.0
-_FIRST_LOOK = 4
+_FIRST_LOOK = 16
+_SLICE = 0.01
 _WIDEN = 8
 
 
@@ -38,7 +39,9 @@ class CheckpointLog:
         self.topic = checkpoint_topic(outbox_id)
         self._admin = admin
         self._config = consumer_config(settings, group=self.topic, client_id="eo-relay-checkpoint") | {
-            "enable.partition.eof": True
+            "enable.partition.eof": True,
+            # A second look would have to wait for the first one's fetch, which waits for records that will not come.
+            "fetch.wait.max.ms": 10,
         }
 
     def place(self, *, shards: int) -> CheckpointPlace:
@@ -91,7 +94,7 @@ class CheckpointLog:
         deadline = clock.monotonic() + _TIMEOUT
         last: bytes | None = None
         while True:
-            message = consumer.poll(0.1)
+            message = consumer.poll(_SLICE)
             if message is not None:
                 error = message.error()
                 if error is None:

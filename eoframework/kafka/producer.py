@@ -14,7 +14,8 @@ from eoframework.kafka.faults import classify, is_topic_trouble, kafka_error
 
 _log = logging.getLogger(__name__)
 
-_FLUSH_SLICE = 0.2
+# Between slices a failed batch is noticed; a good one ends its slice early.
+_FLUSH_SLICE = 0.02
 _FLUSH_DEADLINE = 30.0
 
 # Only these are about a record itself. Any other code, known or new, is taken for the client's or the cluster's

@@ -4,6 +4,7 @@
                      that the call after the event is under way
 --hold EVENT[:n]     at the n-th time, write the event to the --told file and stop itself (SIGSTOP) until SIGCONT;
                      EVENT may be sql:TEXT, then it is before the first statement that begins with TEXT
+--keep-after-abort   go on with the producer whose transaction was aborted (the protection against a late abort, off)
 --patience SHARE     of retry.backoff.ms before a commit is doubted: 0 doubts all, inf none
 """
 
@@ -63,12 +64,21 @@ class Conduct:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def abort_and_keep(producer: transaction.TransactionalProducer) -> None:
+    client = producer._ready().client
+    client.purge()
+    client.abort_transaction(10)
+    client.flush(1)
+    producer._ready()._first_fault = None
+
+
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--die-at", default="")
     parser.add_argument("--hold", default="")
     parser.add_argument("--told", type=Path, required=True)
     parser.add_argument("--once", action="store_true")
+    parser.add_argument("--keep-after-abort", action="store_true")
     parser.add_argument("--patience", type=float)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(threadName)s %(levelname)s %(message)s")
@@ -77,6 +87,8 @@ def main() -> int:
     event.listen(Engine, "before_cursor_execute", conduct.on_statement)
     if arguments.patience is not None:
         transaction._QUARANTINE_SHARE = arguments.patience
+    if arguments.keep_after_abort:
+        transaction.TransactionalProducer.abort = abort_and_keep  # type: ignore[method-assign]
     settings = Settings.load()
     database = open_database(settings.require_database_url(), Schema(settings.database_schema))
     stop = threading.Event()

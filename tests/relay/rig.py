@@ -6,21 +6,25 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 
-from confluent_kafka import Consumer, KafkaError, TopicPartition
-from sqlalchemy import Connection, text
+from confluent_kafka import Consumer, KafkaError, Message, TopicPartition
+from sqlalchemy import Connection, Engine, text
 
-from eoframework import clock
+from eoframework import clock, lifecycle
 from eoframework.checkpoint import checkpoint_topic
 from eoframework.db.outbox import Outbox
-from eoframework.db.session import Database
+from eoframework.db.schema import Schema
+from eoframework.db.session import Database, open_database
 from eoframework.kafka.admin import Admin
 from eoframework.message import OutboxMessage, new_id
+from eoframework.relay import RelayWorker
 from eoframework.settings import Settings
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -45,19 +49,26 @@ class Rig:
     settings: Settings
     topic: str
     directory: Path
+    outbox_id: uuid.UUID = field(default_factory=uuid.uuid4)
     processes: list[RelayProcess] = field(default_factory=list)
     _next: int = 0
 
     def mint_identity(self) -> None:
         """Databases of tests are copies of one template; two outboxes of one identity would fence each other."""
-        self.outbox_id = uuid.uuid4()
         self.sql("UPDATE eo.outbox SET id = :id", id=self.outbox_id)
-        self.checkpoint_topic = checkpoint_topic(self.outbox_id)
         self.make_checkpoint_topic()
+
+    @property
+    def checkpoint_topic(self) -> str:
+        return checkpoint_topic(self.outbox_id)
 
     def make_checkpoint_topic(self) -> None:
         config = {"cleanup.policy": "compact"}
         Admin(self.settings).create(self.checkpoint_topic, partitions=SHARDS, replicas=1, config=config)
+
+    def on(self, engine: Engine) -> Rig:
+        """The same outbox through another engine."""
+        return replace(self, database=replace(self.database, engine=engine))
 
     def end(self) -> None:
         for process in self.processes:
@@ -120,14 +131,17 @@ class Rig:
     # --- processes ------------------------------------------------------------------------------------------------
 
     def start(
-        self, *, die_at: str = "", hold: str = "", once: bool = False, patience: str = "", **changes: object
+        self, *options: str, die_at: str = "", hold: str = "", once: bool = False, **changes: object
     ) -> RelayProcess:
-        """A real relay process; `die_at`, `hold` and `patience` are those of `tests/relay/process.py`."""
-        arguments = ["--die-at", die_at, "--hold", hold] + (["--once"] if once else [])
-        arguments += ["--patience", patience] if patience else []
+        """A real relay process; `options`, `die_at` and `hold` are those of `tests/relay/process.py`."""
+        arguments = ["--die-at", die_at, "--hold", hold, *options] + (["--once"] if once else [])
         process = RelayProcess(self, f"relay{len(self.processes)}", arguments, changes)
         self.processes.append(process)
         return process
+
+    def run_here(self, *, once: bool = False, **changes: object) -> RelayThread:
+        """A relay on a thread of this process: for tests in which no process has to die."""
+        return RelayThread(self.database, self.settings.model_copy(update={"relay_lease": 1.5, **changes}), once)
 
     # --- Kafka ----------------------------------------------------------------------------------------------------
 
@@ -145,6 +159,44 @@ class Rig:
         strange = set(ids) - {str(m.id) for m in expected}
         assert (len(lost), doubled, len(strange)) == (0, 0, 0), f"lost {len(lost)}, doubled {doubled}, {strange=}"
         assert by_key(found) == by_key_expected(expected)
+
+
+@contextmanager
+def open_copy(rig: Rig, database_url: str) -> Iterator[Rig]:
+    """The same outbox in another database."""
+    database = open_database(database_url, Schema())
+    try:
+        yield replace(rig, database=database)
+    finally:
+        database.engine.dispose()
+
+
+class RelayThread:
+    """A relay inside the test's process, ended with its `with` block; the exit code is its `ended()`."""
+
+    def __init__(self, database: Database, settings: Settings, once: bool) -> None:
+        self._stop = threading.Event()
+        self._code: int | None = None
+        self.worker = RelayWorker(database, settings)
+        self._thread = threading.Thread(target=self._live, args=(once,), daemon=True)
+
+    def __enter__(self) -> RelayThread:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(30)
+        assert not self._thread.is_alive(), "the relay did not end"
+
+    def ended(self, within: float = 30) -> int:
+        """The exit code, once it has ended by itself."""
+        self._thread.join(within)
+        assert self._code is not None, "the relay is still running"
+        return self._code
+
+    def _live(self, once: bool) -> None:
+        self._code = lifecycle.run([self.worker], stop=self._stop, once=once)
 
 
 class RelayProcess:
@@ -207,6 +259,17 @@ class RelayProcess:
 
 
 def read_committed(settings: Settings, topic: str) -> Iterable[Read]:
+    for message in raw_records(settings, topic):
+        headers = dict(message.headers() or [])
+        yield Read(
+            id=bytes(headers["message-id"]).decode(),
+            key=(message.key() or b"").decode(),
+            value=int(message.value() or b"-1"),
+            partition=int(message.partition() or 0),
+        )
+
+
+def raw_records(settings: Settings, topic: str) -> Iterable[Message]:
     """Read the whole topic with a consumer that shares no code with the product."""
     consumer = Consumer(
         {
@@ -227,7 +290,7 @@ def read_committed(settings: Settings, topic: str) -> Iterable[Read]:
         consumer.close()
 
 
-def _read_partition(consumer: Consumer) -> Iterable[Read]:
+def _read_partition(consumer: Consumer) -> Iterable[Message]:
     deadline = clock.monotonic() + 30
     while clock.monotonic() < deadline:
         message = consumer.poll(1)
@@ -237,13 +300,7 @@ def _read_partition(consumer: Consumer) -> Iterable[Read]:
         if error is not None:
             assert error.code() == KafkaError._PARTITION_EOF, error
             return
-        headers = dict(message.headers() or [])
-        yield Read(
-            id=bytes(headers["message-id"]).decode(),
-            key=(message.key() or b"").decode(),
-            value=int(message.value() or b"-1"),
-            partition=int(message.partition() or 0),
-        )
+        yield message
     raise AssertionError("the topic could not be read to its end")
 
 

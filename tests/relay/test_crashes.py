@@ -67,7 +67,7 @@ def test_frozen_while_its_producer_is_replaced(rig: Rig) -> None:
     """
     messages = rig.publish(200, keys=1)
     # Without patience every commit counts as doubtful, so that there is a replacement to freeze in.
-    zombie = rig.start(hold="kafka.producer.opening:6", patience="0", relay_batch=50)
+    zombie = rig.start("--patience", "0", hold="kafka.producer.opening:6", relay_batch=50)
     rig.wait_for(lambda: zombie.has_told("kafka.producer.opening"), what="the relay to freeze")
     rig.start(relay_batch=50)
     rig.wait_empty()
