@@ -40,7 +40,7 @@ class Worker(Protocol):
         """Whether everything that was there is done (asked after a step, with `once`)."""
 
     def close(self) -> None:
-        """Finish what is in flight, release, close clients; also called after an error."""
+        """Finish what is in flight, release, close clients; called whenever `start` was, even if that failed."""
 
 
 def run(workers: Sequence[Worker], *, stop: threading.Event, once: bool = False) -> int:
@@ -136,6 +136,7 @@ class _Life:
         self.failed_at = 0.0
         self._stop = stop
         self._once = once
+        self._begun = False
         # A daemon: after the second signal, or when the main thread fails, no thread may keep the process alive.
         self.thread = threading.Thread(target=self._live, name=worker.name, daemon=True)
 
@@ -144,15 +145,18 @@ class _Life:
             self._start()
             self._steps()
         except BaseException as error:  # noqa: BLE001 - recorded, logged, and it decides the exit code
-            self._fail(error, "stopping all workers")
+            self._fail(error, "Stopping all workers")
+        if not self._begun:
+            return
         try:
             self.worker.close()
         except BaseException as error:  # noqa: BLE001 - as above
-            self._fail(error, "while closing")
+            self._fail(error, "This was while closing")
 
     def _start(self) -> None:
         backoff = Backoff()
         while not self._stop.is_set():
+            self._begun = True
             try:
                 self.worker.start()
             except Retryable as error:
@@ -184,6 +188,7 @@ class _Life:
             self.error, self.failed_at = error, clock.monotonic()
         self._stop.set()
         if isinstance(error, EoError):
-            _log.error("%s: %s; %s.", self.worker.name, error, what)
+            _log.error("%s: %s %s; nothing is skipped.", self.worker.name, error, what)
         else:
-            _log.error("%s: unexpected error; %s. Uncommitted work runs again.", self.worker.name, what, exc_info=error)
+            text = "%s: unexpected error. %s; what was not committed runs again."
+            _log.error(text, self.worker.name, what, exc_info=error)
