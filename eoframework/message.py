@@ -33,6 +33,8 @@ class Record:
     headers: Headers
     timestamp: int
     """Milliseconds since the epoch; -1 when the broker gave none."""
+    unreadable: str = ""
+    """Why the client could not read all of it; then it cannot be decoded."""
 
     def __str__(self) -> str:
         return f"{self.topic}[{self.partition}]@{self.offset}"

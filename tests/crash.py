@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -31,6 +32,7 @@ def arm_from_environment() -> None:
             mark = os.environ.get("FREEZE_MARK")
             if mark:
                 Path(mark).touch()
-            os.kill(os.getpid(), signal.SIGSTOP)
+            # To this thread, not the process: another thread may take the process's signals, and this one runs on a bit.
+            signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
 
     events.subscribe(on_event)

@@ -26,6 +26,10 @@ class Batch:
     deliveries: Sequence[Delivery]
     claims: dict[int, Claim]
 
+    def __str__(self) -> str:
+        ends = self.ends
+        return ", ".join(f"partition {p}: offsets {c.next_offset} to {ends[p] - 1}" for p, c in self.claims.items())
+
     @property
     def ends(self) -> dict[int, int]:
         """Where each partition stands once this batch is done."""

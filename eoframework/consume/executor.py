@@ -19,12 +19,12 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from eoframework import clock, events
 from eoframework.consume.batch import Batch, Delivery, Failure, Outcome, split_undecodable
-from eoframework.db.faults import is_transient
+from eoframework.db.faults import passing_trouble
 from eoframework.db.outbox import Outbox
 from eoframework.db.position import Claim, Positions, Stream
 from eoframework.db.processed import ProcessedMessages
 from eoframework.db.unit_of_work import WorkerConnection, handler_session
-from eoframework.errors import Fenced, Retryable
+from eoframework.errors import ConfigurationError, DecodeError, FailClosed, Fenced, LostConnection, Retryable
 from eoframework.handlers import Handler
 from eoframework.message import Message, Record, Source
 from eoframework.tx import Tx
@@ -108,6 +108,8 @@ class Executor:
 
     def _decode(self, record: Record) -> Delivery:
         try:
+            if record.unreadable:
+                raise DecodeError(f"{record}: {record.unreadable}.")
             return Delivery(record, self._handler.topic.decode(record))
         except Exception as error:  # noqa: BLE001 - a codec may raise anything; it is this record's failure alone
             return Delivery(record, None, error)
@@ -122,12 +124,16 @@ class Executor:
     def _run(self, batch: Batch, deadline: float) -> Outcome:
         """One batch in one transaction; the one place that turns what happened into an outcome."""
         try:
-            with self._connection.begin(f"{self._handler.group}: batch") as connection:
+            with self._connection.begin(f"{self._handler.group}: batch", opening=False) as connection:
                 outcome = self._unit(connection, batch, deadline)
         except Fence as fence:
             return Outcome(fenced=fence.partitions)
         except Retryable as trouble:
             return Outcome(trouble=trouble)
+        except (ConfigurationError, FailClosed):
+            # No message's fault: the schema is gone, or the transaction was committed behind our back.
+            log.error("%s: it happened with %s", self._handler.group, batch)
+            raise
         except Exception as error:  # noqa: BLE001 - whatever came out of the handler or its flush is its message's failure
             return self._failed(batch, error)
         return outcome
@@ -216,8 +222,12 @@ class Executor:
     def _failed(self, batch: Batch, error: Exception) -> Outcome:
         """A handler's exception; the database's passing trouble that came through it is no fault of the message."""
         cause = error.error if isinstance(error, HandlerError) else error
-        if is_transient(cause):
-            return Outcome(trouble=Retryable(f"{self._handler.group}: {cause}"))
+        trouble = passing_trouble(cause, self._handler.group)
+        if trouble is None and self._connection.status() is None:
+            # Whatever the handler made of it: without its connection it could not have succeeded.
+            trouble = LostConnection(f"{self._handler.group}: the connection to PostgreSQL was lost ({cause}).")
+        if trouble is not None:
+            return Outcome(trouble=trouble)
         first = batch.deliveries[0].record
         return Outcome(failed={first.partition: Failure(first, cause)})
 

@@ -7,16 +7,17 @@ claimed (the database was away, or somebody else claimed it) stays paused and is
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 from uuid import UUID
 
 from eoframework import clock, events
-from eoframework.consume.start import GroupOffsets, refuse_moved_offset, topic_recreated
+from eoframework.consume.start import GroupOffsets, refuse_moved_offset, set_back, topic_recreated
 from eoframework.db.position import Claim, Positions, Stream
 from eoframework.db.unit_of_work import WorkerConnection
 from eoframework.errors import Conflict, FailClosed, Retryable
-from eoframework.kafka.consumer import OUR_COMMIT, offset_out_of_range
+from eoframework.kafka.admin import UnknownTopic
+from eoframework.kafka.consumer import epoch_of_mark, offset_out_of_range
 
 log = logging.getLogger(__name__)
 
@@ -33,13 +34,22 @@ class Ownership:
     """The claims of one worker thread."""
 
     def __init__(
-        self, stream: Stream, positions: Positions, connection: WorkerConnection, cluster: Cluster, *, owner: str
+        self,
+        stream: Stream,
+        positions: Positions,
+        connection: WorkerConnection,
+        cluster: Cluster,
+        *,
+        owner: str,
+        mark: Callable[[Claim], None],
     ) -> None:
+        """`mark` puts our mark on the group's offset; raises Retryable."""
         self._stream = stream
         self._positions = positions
         self._connection = connection
         self._cluster = cluster
         self._owner = owner
+        self._mark = mark
         self.claims: dict[int, Claim] = {}
         self._waiting: dict[int, tuple[float, Claim | None]] = {}
         """Assigned, paused, not ours: when to claim, and the claim to renew if its outcome is in doubt."""
@@ -50,10 +60,12 @@ class Ownership:
         """Claim what the group gave us; None for a partition that must wait for the database or Kafka."""
         wanted = sorted(partitions)
         self.revoked(wanted)
+        if wanted:
+            events.emit("consume.claiming", partitions=wanted)
         try:
-            self._check_topic()
+            self.check_topic()
             offsets = self._cluster.group_offsets(self._stream.consumer, self._stream.topic)
-            return {partition: self._claim(partition, offsets).next_offset for partition in wanted}
+            return {partition: self._start_of(partition, offsets) for partition in wanted}
         except Retryable as trouble:
             log.warning(
                 "%s: partitions %s not claimed yet: %s They stay paused; nothing is lost",
@@ -65,6 +77,13 @@ class Ownership:
             for partition in wanted:
                 self._wait(partition, clock.monotonic(), None)
             return dict.fromkeys(wanted)
+
+    def _start_of(self, partition: int, offsets: GroupOffsets) -> int | None:
+        if _is_foreign(partition, offsets):
+            # It gets our mark first, and a commit inside a callback waits for the rebalance it is part of.
+            self._wait(partition, clock.monotonic(), None)
+            return None
+        return self._claim(partition, offsets).next_offset
 
     def revoked(self, partitions: Iterable[int]) -> None:
         """Forget the claims; only local state, no transaction is open here and none is opened."""
@@ -108,8 +127,15 @@ class Ownership:
         doubtful = self._waiting[partition][1]
         if doubtful is not None:
             return self._renew(partition, doubtful)
-        self._check_topic()
+        self.check_topic()
         return self._claim(partition, self._cluster.group_offsets(self._stream.consumer, self._stream.topic))
+
+    def lost(self) -> set[int]:
+        """Claims that are no longer ours; without asking, a quiet partition moved by hand would stand still."""
+        if not self.claims:
+            return set()
+        with self._connection.begin("check the claims", opening=False) as connection:
+            return self._positions.lost(connection, self._stream, self.claims.values())
 
     def release(self) -> None:
         """Leave cleanly; best effort, a crash leaves the owner's name in the row and nothing else."""
@@ -123,6 +149,8 @@ class Ownership:
     def _renew(self, partition: int, doubtful: Claim) -> Claim | None:
         with self._connection.begin("renew a claim") as connection:
             renewed = self._positions.claim_again(connection, self._stream, doubtful)
+            if renewed is not None and renewed.next_offset < doubtful.next_offset:
+                raise set_back(self._stream, partition, renewed.next_offset, doubtful.next_offset)
         if renewed is None:
             self.fenced([partition])
             return None
@@ -134,20 +162,28 @@ class Ownership:
 
     def _claim(self, partition: int, offsets: GroupOffsets) -> Claim:
         try:
-            claim = self._take(partition)
+            claim = self._take(partition, offsets)
         except Conflict:
             # lock_timeout: the previous owner's transaction is still open, longer than any idle timeout allows. It is
             # frozen while the server sends to it (wait event ClientWrite), where no timeout of the server fires.
             self._terminate_holder(partition)
-            claim = self._take(partition)
+            claim = self._take(partition, offsets)
+        self.claims[partition] = claim  # close() releases it if the range is refused
         self._check_range(claim)
-        if partition in offsets:
-            refuse_moved_offset(self._stream, partition, claim.next_offset, offsets[partition], OUR_COMMIT)
+        if _is_foreign(partition, offsets):
+            # Left as it is, it would look like somebody's hand as soon as we have moved on and died.
+            self._mark(claim)
         return self._hold(claim)
 
-    def _take(self, partition: int) -> Claim:
+    def _take(self, partition: int, offsets: GroupOffsets) -> Claim:
         with self._connection.begin("claim a partition") as connection:
-            return self._positions.claim(connection, self._stream, partition, owner=self._owner)
+            claim = self._positions.claim(connection, self._stream, partition, owner=self._owner)
+            if partition in offsets:
+                # Inside the transaction: a claim that is refused must leave the row's epoch as it was, or the next
+                # start would take the offset for one from before `eo position set`.
+                offset, mark = offsets[partition]
+                refuse_moved_offset(self._stream, claim, offset, epoch_of_mark(mark))
+            return claim
 
     def _terminate_holder(self, partition: int) -> None:
         with self._connection.begin("end the previous owner's transaction") as connection:
@@ -184,16 +220,25 @@ class Ownership:
         low, high = self._cluster.watermarks(self._stream.topic, claim.partition)
         if not low <= claim.next_offset <= high:
             raise offset_out_of_range(
-                self._stream.topic, claim.partition, f"it is {claim.next_offset}, the log holds {low} to {high}"
+                self._stream.consumer,
+                self._stream.topic,
+                claim.partition,
+                f"it is {claim.next_offset}, the log holds {low} to {high}",
             )
 
-    def _check_topic(self) -> None:
-        self.check_topic_id(self._cluster.topic_id(self._stream.topic))
-
-    def check_topic_id(self, found: UUID) -> None:
+    def check_topic(self) -> None:
         """Stop if the topic was re-created: the classic protocol silently reads the new one from the old offset."""
+        try:
+            found = self._cluster.topic_id(self._stream.topic)
+        except UnknownTopic as error:
+            raise deleted_topic(self._stream) from error
         if found != self._stream.topic_id:
             raise topic_recreated(self._stream.consumer, self._stream.topic, self._stream.topic_id, found)
+
+
+def _is_foreign(partition: int, offsets: GroupOffsets) -> bool:
+    """Whether the group's offset was committed by somebody else, such as a consumer whose offsets we adopted."""
+    return partition in offsets and epoch_of_mark(offsets[partition][1]) is None
 
 
 def deleted_topic(stream: Stream) -> FailClosed:

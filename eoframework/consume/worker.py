@@ -11,28 +11,30 @@ import os
 import secrets
 import socket
 import threading
+from collections.abc import Mapping
 
 from eoframework import clock, events
 from eoframework.app import App
 from eoframework.consume.batch import Failure, Outcome
 from eoframework.consume.executor import Executor, Stores
-from eoframework.consume.ownership import Ownership, deleted_topic
+from eoframework.consume.ownership import Ownership
 from eoframework.consume.start import Start, Surroundings
 from eoframework.db.outbox import Outbox
-from eoframework.db.position import Positions, Stream
+from eoframework.db.position import Claim, Positions, Stream
 from eoframework.db.processed import ProcessedMessages
 from eoframework.db.unit_of_work import Timeouts, WorkerConnection
-from eoframework.errors import Conflict, HandlerFailed, LostConnection, Retryable
+from eoframework.errors import HandlerFailed, LostConnection, Retryable
 from eoframework.handlers import Handler
-from eoframework.kafka.admin import Admin, UnknownTopic
+from eoframework.kafka.admin import Admin
 from eoframework.kafka.config import consumer_config
 from eoframework.kafka.consumer import GroupConsumer
+from eoframework.lifecycle import Backoff
 from eoframework.message import Record
 from eoframework.settings import Settings
 
 log = logging.getLogger(__name__)
 
-_TOPIC_CHECK_SECONDS = 5.0
+_CHECK_SECONDS = 5.0
 _REPEAT_WARNING_SECONDS = 30.0
 _LONGEST_BACKOFF = 5.0
 
@@ -61,8 +63,9 @@ class ConsumeWorker:
         self._largest = handler.max_batch or settings.max_batch
         self._limit = self._largest
         self._blocked: dict[int, Failure] = {}
-        self._uncommitted: dict[int, int] = {}
-        self._next_commit = self._next_topic_check = self._next_warning = 0.0
+        self._uncommitted: dict[int, Claim] = {}
+        self._next_commit = self._next_check = self._next_warning = 0.0
+        self._pause = Backoff(longest=_LONGEST_BACKOFF)
         self._backoff = 0.0
         self._consumer: GroupConsumer | None = None
         self._once = once
@@ -78,7 +81,9 @@ class ConsumeWorker:
         self._connection = WorkerConnection(self._app.database, timeouts, handler=handler.group)
         self._stream = self._register(positions)
         owner = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
-        self._ownership = Ownership(self._stream, positions, self._connection, self._admin, owner=owner)
+        self._ownership = Ownership(
+            self._stream, positions, self._connection, self._admin, owner=owner, mark=self._mark
+        )
         self._executor = self._make_executor(positions)
         config = consumer_config(settings, group=handler.group, client_id=owner)
         config["enable.partition.eof"] = self._once
@@ -123,7 +128,7 @@ class ConsumeWorker:
             return
         try:
             if self._uncommitted:
-                consumer.commit(self._uncommitted, wait=True)
+                consumer.commit(_committable(self._uncommitted), wait=True)
             self._ownership.release()
         except Retryable as trouble:
             log.warning(
@@ -166,7 +171,8 @@ class ConsumeWorker:
                 return
             self._backoff = 0.0
             if claim is not None:
-                self._uncommitted[partition] = claim.next_offset
+                self._uncommitted[partition] = claim
+                self._blocked.pop(partition, None)
                 consumer.start(partition, claim.next_offset)
 
     # --- outcomes ---
@@ -175,8 +181,9 @@ class ConsumeWorker:
         """Make claims and client follow what was committed; rewind what was not."""
         for partition, next_offset in outcome.moved.items():
             self._ownership.claims[partition] = self._ownership.claims[partition].moved(next_offset)
-            self._uncommitted[partition] = next_offset
+            self._uncommitted[partition] = self._ownership.claims[partition]
         if outcome.moved:
+            self._pause.reset()
             self._grow()
         if outcome.fenced:
             self._give_way(consumer, outcome.fenced)
@@ -204,18 +211,20 @@ class ConsumeWorker:
         self._ownership.fenced(partitions)
 
     def _recover(self, consumer: GroupConsumer, trouble: Retryable, size: int) -> None:
-        """After a lost connection read the rows; after a conflict run the same again, smaller."""
+        """Run the same again, smaller: it meets fewer rows of others and fits into shorter timeouts.
+
+        After a lost connection the rows are read first.
+        """
+        self._limit = max(1, size // 2)
         if isinstance(trouble, LostConnection):
             log.warning("%s: %s Whether the batch was committed is read from the position rows", self.name, trouble)
             consumer.pause(self._ownership.claims)
             self._ownership.in_doubt()
             return
-        if isinstance(trouble, Conflict):
-            self._limit = max(1, size // 2)
         log.warning(
             "%s: %s The batch was rolled back and runs again, %d messages at a time", self.name, trouble, self._limit
         )
-        clock.wait(self._draining, clock.jitter(0.01, 0.1))
+        clock.wait(self._draining, self._pause.next())
 
     def _grow(self) -> None:
         if self._limit < self._largest:
@@ -256,11 +265,12 @@ class ConsumeWorker:
         now = clock.monotonic()
         if self._uncommitted and now >= self._next_commit:
             self._next_commit = now + self._settings.offset_commit_interval
-            consumer.commit(self._uncommitted)
+            consumer.commit(_committable(self._uncommitted))
             self._uncommitted = {}
-        if now >= self._next_topic_check:
-            self._next_topic_check = now + _TOPIC_CHECK_SECONDS
+        if now >= self._next_check:
+            self._next_check = now + _CHECK_SECONDS
             self._check_topic()
+            self._check_claims(consumer)
         if self._blocked and now >= self._next_warning:
             self._next_warning = now + _REPEAT_WARNING_SECONDS
             waiting = ", ".join(str(failure.record) for failure in self._blocked.values())
@@ -268,13 +278,30 @@ class ConsumeWorker:
 
     def _check_topic(self) -> None:
         try:
-            self._ownership.check_topic_id(self._admin.topic_id(self._stream.topic))
-        except UnknownTopic as error:
-            raise deleted_topic(self._stream) from error
+            self._ownership.check_topic()
         except Retryable as trouble:
             log.info("%s: topic not checked: %s It is checked again soon", self.name, trouble)
+
+    def _check_claims(self, consumer: GroupConsumer) -> None:
+        """Find out about `eo position set` on a partition where nothing arrives."""
+        try:
+            lost = self._ownership.lost()
+        except Retryable as trouble:
+            log.warning("%s: %s The claims are renewed", self.name, trouble)
+            consumer.pause(self._ownership.claims)
+            self._ownership.in_doubt()
+        else:
+            if lost:
+                self._give_way(consumer, lost)
+
+    def _mark(self, claim: Claim) -> None:
+        self._member().mark(claim.partition, claim.next_offset, claim.epoch)
 
     def _member(self) -> GroupConsumer:
         if self._consumer is None:
             raise AssertionError(f"{self.name}: step before start")
         return self._consumer
+
+
+def _committable(claims: Mapping[int, Claim]) -> dict[int, tuple[int, int]]:
+    return {partition: (claim.next_offset, claim.epoch) for partition, claim in claims.items()}

@@ -35,6 +35,8 @@ def classify(error: Exception, what: str) -> EoError:
     """The error of our tree that says what to do about a database error."""
     sqlstate = sqlstate_of(error)
     detail = _first_line(error)
+    if isinstance(error, exc.TimeoutError):
+        return Retryable(f"{what}: no connection of the engine's pool became free ({detail}).")
     if sqlstate is None:
         if _connection_is_gone(error):
             return LostConnection(f"{what}: the connection to PostgreSQL was lost ({detail}).")
@@ -50,13 +52,14 @@ def classify(error: Exception, what: str) -> EoError:
     return Permanent(f"{what}: {sqlstate}: {detail}")
 
 
-def is_transient(error: BaseException) -> bool:
-    """Whether an error that came out of a handler is the database's passing trouble, not the message's fault."""
-    if isinstance(error, Retryable):
-        return True
+def passing_trouble(error: Exception, what: str) -> Retryable | None:
+    """An error that came out of a handler, if it is the database's passing trouble; None if it is the message's fault.
+
+    Its class is kept: a lost connection and a conflict ask for different things.
+    """
     if isinstance(error, (exc.SQLAlchemyError, psycopg.Error)):
-        return isinstance(classify(error, ""), Retryable)
-    return False
+        error = classify(error, what)
+    return error if isinstance(error, Retryable) else None
 
 
 def sqlstate_of(error: BaseException) -> str | None:

@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from eoframework import events
 from eoframework.db.faults import classified
 from eoframework.db.session import Database
-from eoframework.errors import ConfigurationError, HandlerMisuse, LostConnection
+from eoframework.errors import ConfigurationError, FailClosed, HandlerMisuse, LostConnection
 
 # Timeouts are SET LOCAL, so that a pooler in transaction mode carries them. synchronous_commit is only ever raised:
 # with it off a crash of the server takes back effects whose offset the group already counts as done.
@@ -29,9 +29,11 @@ SELECT set_config('statement_timeout', %(statement)s, true), set_config('lock_ti
         CASE WHEN current_setting('synchronous_commit') IN ('off', 'local') THEN 'on'
              ELSE current_setting('synchronous_commit') END, true)
 """
-_ENDS_TRANSACTION = re.compile(
-    r"\s*(commit|rollback(?!\s+(work\s+|transaction\s+)?to\b)|end|abort|begin|start|prepare\s+transaction)\b", re.I
-)
+_GAP = r"(?:\s|;|--[^\n]*|/\*.*?\*/)*"
+_END = r"(?:commit|abort|rollback(?!\s+(?:work\s+|transaction\s+)?to\b)|prepare\s+transaction"
+_ENDS_TRANSACTION = re.compile(rf"{_GAP}{_END}|end|begin|start)\b", re.I | re.S)
+# Statements sent without parameters may be several in one text. END and BEGIN are words of function bodies too.
+_ENDS_TRANSACTION_LATER = re.compile(rf";{_GAP}{_END})\b", re.I | re.S)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,17 +56,22 @@ class WorkerConnection:
         self._timeouts = timeouts.values()
         self._handler = handler
         self._connection: Connection | None = None
-        self._committing = False
+        self._committing = self._rolled_back = False
 
     @contextmanager
-    def begin(self, what: str) -> Iterator[Connection]:
+    def begin(self, what: str, *, opening: bool = True) -> Iterator[Connection]:
         """One transaction with our timeouts; commits at the end, rolls back on any error, errors leave classified.
 
+        With `opening=False` a connection that is gone is not replaced: the claims name its backend, and a batch on
+        another one could not be ended by a successor.
         On a lost connection: LostConnection, also when it broke during COMMIT. Whether that COMMIT happened is never
         concluded from the error (it is the same in both cases); claim again and read.
         """
         with classified(what):
+            if not opening and self.status() is None:
+                raise LostConnection(f"{what}: the connection to PostgreSQL is gone.")
             connection = self._open()
+            self._rolled_back = False
             transaction = connection.begin()
             try:
                 connection.exec_driver_sql(_SETTINGS, self._timeouts)
@@ -79,19 +86,21 @@ class WorkerConnection:
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.invalidate()
-            connection.close()
+            type(connection).close(connection)
 
     def _open(self) -> Connection:
         if self._connection is None or self._connection.invalidated:
             self.discard()
             connection = self._database.engine.connect()
-            if connection.get_isolation_level() == "AUTOCOMMIT":
+            if _driver(connection).autocommit:  # get_isolation_level() asks the server, which does not know
                 connection.close()
                 raise ConfigurationError(
                     "the engine's isolation level is AUTOCOMMIT: a handler's effects would not be one transaction.",
                     remedy="Give App an engine without isolation_level='AUTOCOMMIT'.",
                 )
+            setattr(connection, "close", _forbidden(self._handler, "connection().close"))  # noqa: B010 - mypy
             event.listen(connection, "commit", self._guard_commit)
+            event.listen(connection, "rollback", self._note_rollback)
             event.listen(connection, "before_cursor_execute", self._guard_statement)
             self._connection = connection
         return self._connection
@@ -111,26 +120,33 @@ class WorkerConnection:
         """End the transaction whatever state it is in; a connection that cannot even roll back is thrown away."""
         try:
             transaction.rollback()
+            if self._connection is not None and self.status() in _OPEN:
+                _driver(self._connection).rollback()  # SQLAlchemy thinks it is over: a handler tried to end it
         except Exception:  # noqa: BLE001 - the first error is the one to tell; the server rolls back a closed session
             self.discard()
-        status = self.status()
-        if status is not None and status is not TransactionStatus.IDLE:
+        if self.status() is not TransactionStatus.IDLE:
             self.discard()
 
     def status(self) -> TransactionStatus | None:
         """What the server says about our transaction, asked from the driver, never shadowed."""
         if self._connection is None or self._connection.invalidated or self._connection.closed:
             return None
-        driver: Any = self._connection.connection.dbapi_connection
-        return TransactionStatus(driver.info.transaction_status)
+        status = TransactionStatus(_driver(self._connection).info.transaction_status)
+        return None if status is TransactionStatus.UNKNOWN else status
 
     def check_intact(self) -> None:
         """Fail if a statement failed and the handler went on: PostgreSQL would make our COMMIT a silent ROLLBACK."""
         status = self.status()
         if status is TransactionStatus.INTRANS:
             return
-        if status is None or status is TransactionStatus.UNKNOWN:
+        if status is None:
             raise LostConnection(f"{self._handler}: the connection to PostgreSQL was lost inside the handler.")
+        if status is TransactionStatus.IDLE and not self._rolled_back:
+            raise FailClosed(
+                f"{self._handler} committed the database transaction past every guard: the positions of its batch are "
+                "stored, the messages after the one being handled were not processed.",
+                remedy="Set the position to the first of them: eo position set. " + _LEAVE_IT,
+            )
         raise HandlerMisuse(
             f"{self._handler} caught a database error and went on: its transaction is already lost ({status.name}).",
             remedy="Let the error out, or put the statement that may fail into `with tx.session.begin_nested():`.",
@@ -140,16 +156,24 @@ class WorkerConnection:
         if not self._committing:
             raise HandlerMisuse(f"{self._handler} committed the database transaction.", remedy=_LEAVE_IT)
 
+    def _note_rollback(self, _connection: Connection) -> None:
+        # Not refused: a failed flush rolls back by itself, and refusing would hide its error.
+        self._rolled_back = True
+
     def _guard_statement(self, _c: Connection, _cursor: Any, statement: str, *_: Any) -> None:
-        if _ENDS_TRANSACTION.match(statement):
+        if _ENDS_TRANSACTION.match(statement) or (";" in statement and _ENDS_TRANSACTION_LATER.search(statement)):
             raise HandlerMisuse(f"{self._handler} executed {statement.strip()[:40]!r}.", remedy=_LEAVE_IT)
 
 
 @contextmanager
 def handler_session(factory: sessionmaker[Session], connection: Connection, *, handler: str) -> Iterator[Session]:
-    """A Session that writes into our transaction and cannot end it; flushed (with its own hooks) at the end."""
-    session = factory(bind=connection, binds={}, join_transaction_mode="rollback_only")
-    for name in ("commit", "rollback", "close"):
+    """A Session that writes into our transaction and cannot end it; flushed (with its own hooks) at the end.
+
+    Whatever the factory would route elsewhere comes here: an effect on another connection would not be ours to commit.
+    """
+    session = factory(bind=connection, binds={}, twophase=False, join_transaction_mode="rollback_only")
+    setattr(session, "get_bind", lambda *_, **__: connection)  # noqa: B010 - mypy
+    for name in ("commit", "rollback", "close", "reset"):
         setattr(session, name, _forbidden(handler, name))
     try:
         session.begin()
@@ -168,6 +192,11 @@ def _forbidden(handler: str, method: str) -> Callable[..., NoReturn]:
     return refuse
 
 
+def _driver(connection: Connection) -> Any:
+    return connection.connection.dbapi_connection
+
+
+_OPEN = frozenset({TransactionStatus.INTRANS, TransactionStatus.INERROR})
 _LEAVE_IT = (
     "A handler's effects, its processed message and its position are committed together after it returns; "
     "leave the transaction alone, or use `with tx.session.begin_nested():` for a part that may be undone."

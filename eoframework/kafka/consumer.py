@@ -13,15 +13,14 @@ from typing import Any
 from confluent_kafka import OFFSET_END, OFFSET_INVALID, Consumer, KafkaError, KafkaException, TopicPartition
 from confluent_kafka import Message as ClientMessage
 
-from eoframework import events
-from eoframework.errors import ConfigurationError, EoError, FailClosed, RestartNeeded
+from eoframework import clock, events
+from eoframework.errors import ConfigurationError, EoError, FailClosed, RestartNeeded, Retryable
 from eoframework.kafka.faults import classify, kafka_error
-from eoframework.message import Record
+from eoframework.message import Headers, Record
 
 log = logging.getLogger(__name__)
 
-OUR_COMMIT = "eo"
-"""Metadata of every offset we commit: tools that move a group's offsets by hand write none, so we see their hand."""
+_MARK = "eo:"
 
 _NO_PERMISSION = frozenset(
     {
@@ -32,6 +31,11 @@ _NO_PERMISSION = frozenset(
         KafkaError.SASL_AUTHENTICATION_FAILED,
     }
 )
+
+_LOG_IS_NOT_WHAT_IT_WAS = frozenset({KafkaError._AUTO_OFFSET_RESET, KafkaError._LOG_TRUNCATION})
+_NOT_STARTED = frozenset({KafkaError._STATE, KafkaError._PREV_IN_PROGRESS})
+_SEEK_ATTEMPTS = 500
+_SEEK_PAUSE = 0.01
 
 
 class GroupConsumer:
@@ -49,6 +53,7 @@ class GroupConsumer:
         on_revoked: Callable[[list[int]], None],
     ) -> None:
         self._topic = topic
+        self._group = str(config["group.id"])
         self._on_assigned = on_assigned
         self._on_revoked = on_revoked
         self._incremental = _is_incremental(config)
@@ -76,8 +81,10 @@ class GroupConsumer:
         before = self._rebalances
         try:
             messages = self._poll(limit, timeout)
-        except BaseException:
+        except BaseException as error:
             self.rewind(self._handed)
+            if isinstance(error, (KafkaException, KafkaError)):
+                raise classify(error, f"fetching from {self._topic}") from error
             raise
         self._raise_callback_error()
         if self._rebalances != before:
@@ -103,7 +110,8 @@ class GroupConsumer:
             partition = message.partition()
             if (error := message.error()) is not None:
                 self._notice(message, error)
-            elif partition in self._handed:
+            elif partition in self._handed and (message.offset() or 0) >= self._handed[partition]:
+                # One from behind where we stand (a leftover from before a rewind) would move the position back.
                 record = _record(message)
                 self._handed[record.partition] = record.offset + 1
                 self.ended.pop(record.partition, None)
@@ -115,8 +123,8 @@ class GroupConsumer:
         code = error.code()
         if code == KafkaError._PARTITION_EOF:
             self.ended[message.partition() or 0] = message.offset() or 0
-        elif code == KafkaError._AUTO_OFFSET_RESET:
-            raise offset_out_of_range(self._topic, message.partition(), error.str())
+        elif code in _LOG_IS_NOT_WHAT_IT_WAS:
+            raise offset_out_of_range(self._group, self._topic, message.partition(), error.str())
         elif code in _NO_PERMISSION:
             raise ConfigurationError(
                 f"Kafka refuses topic {self._topic!r}: {error.str()}.",
@@ -162,13 +170,29 @@ class GroupConsumer:
         """Fetch again from these offsets; a partition that is no longer assigned is left alone."""
         for partition, offset in tuple(offsets.items()):
             self._handed[partition] = offset
+            self._client_at.pop(partition, None)
             self.ended.pop(partition, None)
-            try:
-                self._consumer.seek(TopicPartition(self._topic, partition, offset))
-            except KafkaException as fault:
-                if partition in self.assigned():
-                    raise classify(fault, f"seek {self._topic}[{partition}] to {offset}") from fault
+            if not self._seek(TopicPartition(self._topic, partition, offset)):
                 self._handed.pop(partition, None)
+
+    def _seek(self, where: TopicPartition) -> bool:
+        """False if the partition is no longer assigned.
+
+        A partition just assigned cannot be moved before the client's own thread has started it, which takes a moment
+        longer when others are still being stopped.
+        """
+        for _ in range(_SEEK_ATTEMPTS):
+            try:
+                self._consumer.seek(where)
+            except KafkaException as fault:
+                if where.partition not in self.assigned():
+                    return False
+                if kafka_error(fault).code() not in _NOT_STARTED:
+                    raise classify(fault, f"seek {self._topic}[{where.partition}] to {where.offset}") from fault
+            else:
+                return True
+            clock.sleep(_SEEK_PAUSE)
+        raise RestartNeeded(f"{self._topic}[{where.partition}] is assigned, but the client does not start fetching it.")
 
     def start(self, partition: int, offset: int) -> None:
         """Begin (or begin again) a paused partition at `offset`."""
@@ -187,9 +211,9 @@ class GroupConsumer:
         """The partitions the group says are ours; PostgreSQL may know better."""
         return {found.partition for found in self._consumer.assignment()}
 
-    def commit(self, offsets: Mapping[int, int], *, wait: bool = False) -> None:
-        """Tell the group where we stand, for lag tools only; a failure is logged and harmless."""
-        marks = [TopicPartition(self._topic, p, o, metadata=OUR_COMMIT) for p, o in offsets.items()]
+    def commit(self, offsets: Mapping[int, tuple[int, int]], *, wait: bool = False) -> None:
+        """Tell the group where we stand (partition -> offset, epoch), for lag tools only; a failure is harmless."""
+        marks = [self._marked(partition, *at) for partition, at in offsets.items()]
         try:
             if wait:
                 self._consumer.commit(offsets=marks, asynchronous=False)
@@ -199,6 +223,18 @@ class GroupConsumer:
             log.warning(
                 "group offsets not committed: %s; lag tools show an old value, nothing else", kafka_error(fault)
             )
+
+    def mark(self, partition: int, offset: int, epoch: int) -> None:
+        """Put our mark on the group's offset, before anything is processed; raises Retryable if that failed."""
+        try:
+            done = self._consumer.commit(offsets=[self._marked(partition, offset, epoch)], asynchronous=False)
+        except KafkaException as fault:
+            raise Retryable(f"committing {self._topic}[{partition}]: {kafka_error(fault).str()}.") from fault
+        for failed in (entry.error for entry in done or () if entry.error is not None):
+            raise Retryable(f"committing {self._topic}[{partition}]: {failed.str()}.")
+
+    def _marked(self, partition: int, offset: int, epoch: int) -> TopicPartition:
+        return TopicPartition(self._topic, partition, offset, metadata=offset_mark(epoch))
 
     def close(self) -> None:
         """Leave the group."""
@@ -247,26 +283,56 @@ class GroupConsumer:
             raise RestartNeeded(f"an assignment of {self._topic!r} could not be taken over: {error!r}.") from error
 
 
-def offset_out_of_range(topic: str, partition: int | None, detail: str) -> FailClosed:
+def offset_mark(epoch: int) -> str:
+    """Metadata of every offset we commit: the epoch of the claim it was made under.
+
+    Tools that move a group's offsets by hand write none, so we see their hand. The epoch tells an offset from before
+    `eo position set` from one that a restored database does not know of.
+    """
+    return f"{_MARK}{epoch}"
+
+
+def epoch_of_mark(mark: str) -> int | None:
+    """The epoch under which we committed an offset; None if it was not us."""
+    epoch = mark.removeprefix(_MARK)
+    return int(epoch) if mark.startswith(_MARK) and epoch.isdecimal() else None
+
+
+def offset_out_of_range(group: str, topic: str, partition: int | None, detail: str) -> FailClosed:
     """Kafka no longer has, or does not have yet, the offset where we stand."""
     return FailClosed(
         f"{topic}[{partition}]: the stored position is outside the log ({detail}): "
         "records were deleted before they were processed, or the topic is not the one it was.",
-        remedy="Nothing was skipped. Find out why, then choose where to go on: eo position set",
+        remedy="Nothing was skipped. Find out why; then, to go on with the first message there is: "
+        f"eo position set {group} {partition} earliest",
     )
 
 
 def _record(message: ClientMessage) -> Record:
     kind, timestamp = message.timestamp()
+    headers, unreadable = _headers(message)
     return Record(
         message.topic() or "",
         message.partition() or 0,
         message.offset() or 0,
         message.key(),
         message.value(),
-        tuple(message.headers() or ()),  # type: ignore[arg-type]
+        headers,
         timestamp if kind else -1,
+        unreadable,
     )
+
+
+def _headers(message: ClientMessage) -> tuple[Headers, str]:
+    """The headers, or why they cannot be read: then this record fails, like any other that cannot be decoded.
+
+    Asked for once: after a header name that is not UTF-8 the client raises SystemError the first time and hands out a
+    null pointer the second time.
+    """
+    try:
+        return tuple(message.headers() or ()), ""  # type: ignore[arg-type]
+    except (SystemError, UnicodeDecodeError) as error:
+        return (), f"the name of a header is not UTF-8 ({error.__cause__ or error})"
 
 
 def _start(offset: int | None) -> int:
