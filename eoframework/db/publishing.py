@@ -20,6 +20,7 @@ from weakref import WeakKeyDictionary
 from sqlalchemy import Connection, TwoPhaseTransaction, event, exc
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
 from sqlalchemy.orm import Session, SessionTransaction, scoped_session
+from sqlalchemy.util.concurrency import in_greenlet
 
 from eoframework.db.outbox import Outbox
 from eoframework.db.savepoints import SessionBuffer, next_place
@@ -70,6 +71,9 @@ def publish(target: PublishTarget, outbox: Outbox, message: OutboxMessage) -> No
     """
     if isinstance(target, (scoped_session, async_scoped_session)):
         target = target()
+    if isinstance(target, AsyncSession) and in_greenlet():
+        # From one of its Session's hooks, which may run during the commit: SQL may run here, and nobody may come later.
+        target = target.sync_session
     if isinstance(target, AsyncSession):
         _async_buffer(target.sync_session).publish(outbox, message)
     elif isinstance(target, Session):
@@ -128,10 +132,7 @@ def _listen(connection: Connection) -> None:
 
 
 def _on_begin(connection: Connection) -> None:
-    _buffers.pop(connection, None)
-
-
-def _on_rollback(connection: Connection) -> None:
+    # What the last transaction left behind was rolled back, however it ended.
     _buffers.pop(connection, None)
 
 
@@ -170,7 +171,6 @@ def _write(connection: Connection, kept: list[_Kept]) -> None:
 _LISTENERS: dict[str, Callable[..., None]] = {
     "begin": _on_begin,
     "commit": _on_commit,
-    "rollback": _on_rollback,
     "rollback_savepoint": _on_rollback_savepoint,
 }
 
@@ -201,8 +201,6 @@ def _started(target: AsyncConnection) -> Connection:
 
 
 def _connection_of(session: Session) -> Connection:
-    if session.twophase:
-        raise _two_phase()
     try:
         if not session.in_transaction():
             _begin(session)
@@ -228,7 +226,6 @@ class _AsyncBuffer:
         self._session = session
         self._buffer = SessionBuffer(session)
         self._outboxes: dict[int, Outbox] = {}
-        self._committing = False
         self._connection: Connection | None = None
         event.listen(session, "before_commit", self._before_commit)
         event.listen(session, "after_commit", self._after_commit)
@@ -239,10 +236,6 @@ class _AsyncBuffer:
         session = self._session
         if session.twophase:
             raise _two_phase()
-        if self._committing:
-            # From a hook of the commit's own flush: this runs where SQL may run, and there is no later commit.
-            _keep(_connection_of(session), outbox, message)
-            return
         if not session.in_transaction():
             _begin(session)
         outer = _joined_to(session)
@@ -271,7 +264,6 @@ class _AsyncBuffer:
             buffer.kept.append(kept)
 
     def _before_commit(self, session: Session) -> None:
-        self._committing = True
         if len(self._buffer):
             self._connection = _connection_of(session)
             self._attach(self._connection)
@@ -287,8 +279,6 @@ class _AsyncBuffer:
             self._buffer.drop()
 
     def _after_transaction_end(self, session: Session, transaction: SessionTransaction) -> None:
-        if transaction.parent is None or transaction.nested:
-            self._committing = False
         if transaction.parent is None:
             outer = _joined_to(session)
             if len(self._buffer) and outer is not None and not _closing_undoes(session, outer):

@@ -202,7 +202,7 @@ def test_async_connection(app: App, run: Run, published: Published) -> None:
 
 
 def test_hooks_of_the_commit_may_publish(app: App, run: Run, published: Published) -> None:
-    """Fails without `_committing`: the message comes after the last before_commit, and is dropped at the end."""
+    """Fails without `in_greenlet` in `publish`: the first message of a Session comes after the last before_commit."""
 
     async def body(engine: AsyncEngine) -> None:
         async with AsyncSession(engine) as session:
@@ -212,11 +212,13 @@ def test_hooks_of_the_commit_may_publish(app: App, run: Run, published: Publishe
                 app.publish(session, events, event(2))
 
             session.add(Item(id=1, name="one"))
+            await session.commit()
+            session.add(Item(id=2, name="two"))
             app.publish(session, events, event(1))
             await session.commit()
 
     run(body)
-    assert published() == [1, 2]
+    assert published() == [2, 1, 2]
 
 
 def test_autocommit_and_two_phase_are_refused(app: App, run: Run, published: Published) -> None:

@@ -26,7 +26,7 @@ def test_a_commit_writes_effects_and_messages_together(
 
 
 def test_a_rollback_drops_effects_and_messages(app: App, engine: Engine, published: Published) -> None:
-    """Fails when the `rollback` and `begin` listeners are removed: the next commit would write the dropped message."""
+    """Fails when the `begin` listener is removed: the next commit would write the dropped message."""
     with engine.connect() as connection, Session(connection, join_transaction_mode="control_fully") as session:
         app.publish(session, events, event(1))
         session.rollback()
