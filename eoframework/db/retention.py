@@ -12,7 +12,7 @@ from eoframework.db.session import Database
 # ever waits for pruning longer than this. The lock ends with the transaction; only one worker prunes at a time.
 _PREPARE = """
 SELECT set_config('statement_timeout', '5s', true), set_config('lock_timeout', '500ms', true),
-    set_config('enable_seqscan', 'off', true), pg_try_advisory_xact_lock(1701867117, hashtext(:schema))
+    pg_try_advisory_xact_lock(1701867117, hashtext(:schema))
 """
 # By ctid: DELETE has no LIMIT, and the primary key would be looked up a second time for every row.
 _DELETE = """

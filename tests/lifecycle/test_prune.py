@@ -9,7 +9,6 @@ import pytest
 from sqlalchemy import text
 
 from eoframework import lifecycle
-from eoframework.db import retention
 from eoframework.db.retention import forget_processed
 from eoframework.db.session import Database
 from eoframework.prune import PruneWorker
@@ -98,22 +97,3 @@ def test_a_table_that_cannot_be_had_is_left_for_the_next_time(
         assert PruneWorker(database, settings).step() == settings.prune_interval
     assert "next time" in caplog.text
     assert remembered(database) == 5
-
-
-def test_the_age_index_is_used_also_with_old_statistics(database: Database) -> None:
-    """Seen to fail with enable_seqscan left on in db/retention.py.
-
-    The statistics still speak of the rows just forgotten, so the planner expects to find 5,000 of them soon, and reads
-    the whole table every minute, in vain.
-    """
-    remember(database, 10_000, days_ago=8)
-    remember(database, 10_000, days_ago=1)
-    with database.begin("test") as connection:
-        connection.execute(text("ANALYZE eo.processed_message"))
-    assert forget_processed(database, older_than=WEEK, limit=10_000) == 10_000
-    with database.engine.connect() as connection:
-        connection.execute(text(retention._PREPARE), {"schema": "eo"})
-        statement = text("EXPLAIN " + database.schema.sql(retention._DELETE))
-        plan = "\n".join(row[0] for row in connection.execute(statement, {"seconds": 604800, "limit": 5000}))
-    assert "processed_message_age" in plan
-    assert "Seq Scan" not in plan
