@@ -252,6 +252,11 @@ def _check_ladder(settings: Settings) -> None:
         ),
         ("lock_timeout", "max_poll_interval", "a claim must be decided before the group throws the member out"),
         ("statement_timeout", "max_poll_interval", "a statement must end before the group throws the member out"),
+        (
+            "lock_timeout",
+            "statement_timeout",
+            "a claim must be told that it waited for a frozen worker, whose transaction it then ends",
+        ),
     )
     for lower, upper, reason in rungs:
         low, high = getattr(settings, lower), getattr(settings, upper)

@@ -29,10 +29,15 @@ def arm_from_environment() -> None:
         if f"{name}:{seen[name]}" == crash_at:
             os.kill(os.getpid(), signal.SIGKILL)
         if f"{name}:{seen[name]}" == freeze_at:
-            mark = os.environ.get("FREEZE_MARK")
-            if mark:
-                Path(mark).touch()
-            # To this thread, not the process: another thread may take the process's signals, and this one runs on a bit.
-            signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
+            freeze()
 
     events.subscribe(on_event)
+
+
+def freeze() -> None:
+    """SIGSTOP, in the middle of what this thread is doing."""
+    mark = os.environ.get("FREEZE_MARK")
+    if mark:
+        Path(mark).touch()
+    # To this thread, not the process: another thread may take the process's signals, and this one runs on a bit.
+    signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)

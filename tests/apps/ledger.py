@@ -8,6 +8,7 @@ from pydantic import BaseModel
 from sqlalchemy import text
 
 from eoframework import App, Message, Topic, Tx
+from tests.apps.large_result import receive_large_result
 from tests.crash import arm_from_environment
 
 LEDGER = """
@@ -33,6 +34,8 @@ def book(message: Message[Entry], tx: Tx) -> None:
         text('INSERT INTO ledger (partition, "offset", key, n, pid) VALUES (:p, :o, :k, :n, pg_backend_pid())'),
         {"p": message.partition, "o": message.offset, "k": entry.key, "n": entry.n},
     )
+    if os.environ.get("LARGE_RESULT_AT") == str(entry.n):
+        receive_large_result(tx.session)
     if "BOOKED_TOPIC" in os.environ:
         tx.publish(booked, entry)
 

@@ -107,6 +107,7 @@ def test_a_misspelt_key_in_pyproject_is_named(nowhere: Path) -> None:
         ({"lock_timeout": 300}, "lock_timeout .* below max_poll_interval"),
         ({"statement_timeout": 300}, "statement_timeout .* below max_poll_interval"),
         ({"max_poll_interval": 25}, "lock_timeout .* below max_poll_interval"),
+        ({"statement_timeout": 30}, "lock_timeout .* below statement_timeout"),
     ],
 )
 def test_the_timeout_ladder_names_the_violated_rung(overrides: dict[str, float], rung: str) -> None:
