@@ -12,6 +12,7 @@ from sqlalchemy import event as sqlalchemy_event
 from sqlalchemy.orm import Session
 
 from eoframework import App, clock
+from eoframework.keys import order_bucket
 from tests.publish.conftest import Item, Names, Published, event, events
 
 DEADLINE = 20.0
@@ -145,18 +146,26 @@ def test_the_last_flush_comes_before_the_key_lock(
 def test_writers_of_the_same_keys_in_opposite_order_do_not_deadlock(
     app: App, engine: Engine, published: Published, threads: ThreadPoolExecutor
 ) -> None:
-    """Fails when the buckets are not sorted in db/outbox.py: 40P01 within a few rounds."""
-    keys = [f"key {n}" for n in range(30)]
-    rounds = 40
+    """A third writer holds the key in the middle until both wait, each with its first key locked if it took that first.
 
-    def write(order: list[str]) -> None:
-        for n in range(rounds):
-            with Session(engine) as session, session.begin():
-                for key in order:
-                    app.publish(session, events, event(n, key=key))
+    Fails when the buckets are not sorted in db/outbox.py: 40P01.
+    """
+    keys = ["a", "m", "z"]
+    assert len({order_bucket(key.encode()) for key in keys}) == 3
 
-    _all_done(threads.submit(write, keys), threads.submit(write, keys[::-1]))
-    assert len(published()) == 2 * rounds * len(keys)
+    def write(n: int, order: list[str]) -> None:
+        with Session(engine) as session, session.begin():
+            for key in order:
+                app.publish(session, events, event(n, key=key))
+
+    gate = Gate(engine, app)
+    middle = threads.submit(_write, app, engine, event(0, key="m"), hold=True)
+    assert gate.reached.wait(DEADLINE)
+    first, second = threads.submit(write, 1, keys), threads.submit(write, 2, keys[::-1])
+    _until(lambda: _waiting(engine) == 2)
+    gate.open.set()
+    _all_done(middle, first, second)
+    assert sorted(published()) == [0, 1, 1, 1, 2, 2, 2]
 
 
 def _write(app: App, engine: Engine, payload: dict[str, object], *, hold: bool = False) -> None:
