@@ -58,7 +58,7 @@ def load_app(reference: str) -> App:
     what = f"{module_name}:{attribute} is a {type(found).__name__}, not an App."
     if not hasattr(module, attribute):
         what = f"module {module_name!r} has no {attribute!r}."
-    raise ConfigurationError(what, remedy=_choose(attribute, [f"{module_name}:{name}" for name in apps]))
+    raise ConfigurationError(what, remedy=_choose(attribute, apps))
 
 
 def choose_handlers(app: App, names: Collection[str]) -> tuple[Handler, ...]:
