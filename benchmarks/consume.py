@@ -8,6 +8,7 @@ an outbox row per message, synchronous_commit=on. Rounds are interleaved in rota
 its effects have been verified; the figures to quote are the ratios of one run.
 
   hand/batch      one transaction per 500: UPDATE per message, processed ids and outbox rows by one unnest INSERT each
+  hand/session    the same with a Session a batch, UPDATE by session.execute(text(...)): the peer of handler/session
   hand/single     one transaction per message, as most hand-written consumers do
   handler/driver  @app.handler, UPDATE by tx.session.connection().exec_driver_sql
   handler/session @app.handler, UPDATE by tx.session.execute(text(...))
@@ -21,11 +22,12 @@ import statistics
 import uuid
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
-import psycopg
 from confluent_kafka import Consumer, Producer, TopicPartition
 from pydantic import BaseModel
-from sqlalchemy import create_engine, text
+from sqlalchemy import Connection, create_engine, text
+from sqlalchemy.orm import Session
 
 from eoframework import App, Message, Topic, Tx
 from eoframework.db import migrating
@@ -135,8 +137,8 @@ class Bench:
         if exit_code:
             raise SystemExit(f"the worker ended with {exit_code}")
 
-    def by_hand(self, size: int) -> None:
-        """What a careful engineer writes: offsets in the same transaction, everything batched."""
+    def by_hand(self, size: int, update: Callable[[Any, list[Deposit]], None]) -> None:
+        """What a careful engineer writes: processed ids in the same transaction, everything batched."""
         consumer = Consumer(
             {
                 "bootstrap.servers": self.settings.require_bootstrap_servers(),
@@ -146,39 +148,50 @@ class Bench:
             }
         )
         consumer.assign([TopicPartition(self.topic, partition, 0) for partition in range(4)])
-        url = self.settings.require_database_url().replace("+psycopg", "")
         done = 0
-        with psycopg.connect(url) as connection:
-            connection.execute("INSERT INTO eo.consumer (name, topic) VALUES ('hand', 'hand')")
-            connection.commit()
+        with self.engine.begin() as connection:
+            connection.execute(text("INSERT INTO eo.consumer (name, topic) VALUES ('hand', 'hand')"))
+        with self.engine.connect() as connection:
             while done < self.messages:
                 first = consumer.poll(1)
                 batch = [first, *consumer.consume(size - 1, 0)] if first is not None else []
                 if batch:
-                    _hand_batch(connection, batch)
+                    _hand_batch(connection, batch, update)
+                    connection.commit()
                     done += len(batch)
         consumer.close()
 
 
-def _hand_batch(connection: psycopg.Connection[tuple[object, ...]], batch: list[object]) -> None:
-    deposits = [Deposit.model_validate_json(message.value()) for message in batch]  # type: ignore[attr-defined]
-    ids = [dict(message.headers())["message-id"].decode() for message in batch]  # type: ignore[attr-defined]
-    with connection.transaction():
-        connection.execute(
-            "INSERT INTO eo.processed_message (consumer_id, message_id) SELECT (SELECT id FROM eo.consumer WHERE name ="
-            " 'hand'), m FROM unnest(%s::uuid[]) m ORDER BY m ON CONFLICT DO NOTHING RETURNING message_id",
-            (ids,),
-        ).fetchall()
-        for deposit in deposits:
-            connection.execute(
-                "UPDATE account SET amount = amount + %s WHERE id = %s", (deposit.amount, deposit.account)
-            )
-        connection.execute(
-            "INSERT INTO eo.outbox_message (id, shard, topic, key, type, source, content_type, payload)"
-            " SELECT gen_random_uuid(), 0, %s, k, 'Deposit', 'bench', 'application/json', p"
-            " FROM unnest(%s::bytea[], %s::bytea[]) AS m(k, p)",
-            (OUT, [str(d.account).encode() for d in deposits], [d.model_dump_json().encode() for d in deposits]),
-        )
+def _hand_batch(transaction: Connection, batch: list[Any], update: Callable[[Any, list[Deposit]], None]) -> None:
+    deposits = [Deposit.model_validate_json(message.value()) for message in batch]
+    ids = [dict(message.headers())["message-id"].decode() for message in batch]
+    transaction.exec_driver_sql("SELECT 1")  # begins
+    connection: Any = transaction.connection.dbapi_connection
+    connection.execute(
+        "INSERT INTO eo.processed_message (consumer_id, message_id) SELECT (SELECT id FROM eo.consumer WHERE name ="
+        " 'hand'), m FROM unnest(%s::uuid[]) m ORDER BY m ON CONFLICT DO NOTHING RETURNING message_id",
+        (ids,),
+    ).fetchall()
+    update(transaction, deposits)
+    connection.execute(
+        "INSERT INTO eo.outbox_message (id, shard, topic, key, type, source, content_type, payload)"
+        " SELECT gen_random_uuid(), 0, %s, k, 'Deposit', 'bench', 'application/json', p"
+        " FROM unnest(%s::bytea[], %s::bytea[]) AS m(k, p)",
+        (OUT, [str(d.account).encode() for d in deposits], [d.model_dump_json().encode() for d in deposits]),
+    )
+
+
+def _hand_by_driver(transaction: Connection, deposits: list[Deposit]) -> None:
+    driver: Any = transaction.connection.dbapi_connection
+    for deposit in deposits:
+        driver.execute("UPDATE account SET amount = amount + %s WHERE id = %s", (deposit.amount, deposit.account))
+
+
+def _hand_by_session(transaction: Connection, deposits: list[Deposit]) -> None:
+    session = Session(bind=transaction, join_transaction_mode="rollback_only")
+    for deposit in deposits:
+        session.execute(_UPDATE, {"amount": deposit.amount, "account": deposit.account})
+    session.close()
 
 
 def _by_driver(tx: Tx, deposit: Deposit) -> None:
@@ -201,11 +214,12 @@ def main() -> None:
     options = parser.parse_args()
     bench = Bench(options.messages)
     contenders: dict[str, Callable[[], None]] = {
-        "hand/batch": lambda: bench.by_hand(500),
+        "hand/batch": lambda: bench.by_hand(500, _hand_by_driver),
+        "hand/session": lambda: bench.by_hand(500, _hand_by_session),
         "handler/driver": lambda: bench.handler(_by_driver),
         "handler/session": lambda: bench.handler(_by_session),
         "batch_handler": bench.batch_handler,
-        "hand/single": lambda: bench.by_hand(1),
+        "hand/single": lambda: bench.by_hand(1, _hand_by_driver),
     }
     names = list(contenders)
     rates: dict[str, list[float]] = {name: [] for name in names}
