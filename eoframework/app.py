@@ -17,12 +17,12 @@ from typing_extensions import TypeVar
 from eoframework.db import publishing
 from eoframework.db.outbox import Outbox
 from eoframework.db.publishing import PublishTarget
-from eoframework.db.schema import Schema
 from eoframework.db.session import Database, open_database
 from eoframework.errors import ConfigurationError, DeclarationError
 from eoframework.handlers import Handler, Start, declare
 from eoframework.message import Message
 from eoframework.parts import Part
+from eoframework.schema import Schema
 from eoframework.settings import Settings
 from eoframework.topic import Topic
 from eoframework.tx import tx_of

@@ -17,7 +17,7 @@ class EoError(Exception):
         self.remedy = remedy
 
 
-# --- a restart will not help: the program or its surroundings must change ---------------------------------------
+# --- a restart will not help: the program or its surroundings must change ---
 
 
 class ConfigurationError(EoError):
@@ -62,7 +62,7 @@ class RestartNeeded(EoError):
     exit_code = 75
 
 
-# --- the four classes of the two walls: by what the caller must do -----------------------------------------------
+# --- the four classes of the two walls: by what the caller must do ---
 
 
 class Retryable(EoError):
@@ -89,7 +89,7 @@ class Fenced(EoError):
     """Another owner has taken over; this one may change nothing any more."""
 
 
-# --- what a user's code did ----------------------------------------------------------------------------------------
+# --- what a user's code did ---
 
 
 class HandlerMisuse(Permanent):

@@ -97,7 +97,7 @@ def move_position(
         *(consumer, line.topic, partition, line.next_offset, offset, epoch),
         extra={"consumer": consumer, "partition": partition, "from_offset": line.next_offset, "to_offset": offset},
     )
-    follows = admin.set_group_offset(consumer, line.topic, partition, offset)
+    follows = admin.set_group_offset(consumer, line.topic, partition, offset, epoch=epoch)
     return Moved(line, offset, epoch, follows)
 
 

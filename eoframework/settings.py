@@ -24,8 +24,8 @@ from pydantic_settings import (
 )
 
 from eoframework import kafka_keys
-from eoframework.db.schema import Schema
 from eoframework.errors import ConfigurationError
+from eoframework.schema import Schema
 
 PREFIX = "EO_"
 _KAFKA_PREFIX = "eo_kafka_"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from alembic import context
 from sqlalchemy import Connection, create_engine, text
 
-from eoframework.db.schema import Schema
+from eoframework.schema import Schema
 from eoframework.settings import Settings
 
 config = context.config

@@ -13,7 +13,7 @@ from sqlalchemy import create_engine, make_url, text
 
 from eoframework import dev
 from eoframework.db import migrating
-from eoframework.db.schema import Schema
+from eoframework.schema import Schema
 from eoframework.db.session import Database, open_database
 from eoframework.kafka.admin import Admin
 from eoframework.settings import Settings

@@ -8,8 +8,8 @@ import typer
 
 from eoframework.cli import options
 from eoframework.db import migrating, readiness
-from eoframework.db.schema import Schema
 from eoframework.db.session import Database, open_database
+from eoframework.schema import Schema
 from eoframework.settings import Settings
 
 app = typer.Typer(no_args_is_help=True)

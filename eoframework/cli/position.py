@@ -10,10 +10,10 @@ from eoframework import ops
 from eoframework.cli import options
 from eoframework.db import migrating, readiness
 from eoframework.db.position_admin import PositionLine
-from eoframework.db.schema import Schema
 from eoframework.db.session import Database, open_database
 from eoframework.errors import ConfigurationError
 from eoframework.kafka.admin import Admin
+from eoframework.schema import Schema
 from eoframework.settings import Settings
 
 app = typer.Typer(no_args_is_help=True)

@@ -13,9 +13,9 @@ from alembic.script import ScriptDirectory
 from alembic.util.exc import CommandError
 from sqlalchemy import Connection, inspect
 
-from eoframework.db.schema import Schema
 from eoframework.db.session import Database
 from eoframework.errors import ConfigurationError, NotFound, SchemaOutOfDate
+from eoframework.schema import Schema
 
 VERSION_TABLE = "alembic_version"
 

@@ -10,9 +10,9 @@ from typing import Final
 
 from sqlalchemy import Connection
 
-from eoframework.db.schema import Schema
 from eoframework.keys import order_bucket, shard_hash
 from eoframework.message import Headers, OutboxMessage
+from eoframework.schema import Schema
 
 # The shard is computed by the statement that inserts, from the count of this very moment: a count remembered by a
 # long-lived writer would send a key to a shard that no longer owns it.

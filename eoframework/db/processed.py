@@ -7,7 +7,7 @@ from uuid import UUID
 
 from sqlalchemy import Connection
 
-from eoframework.db.schema import Schema
+from eoframework.schema import Schema
 
 # Sorted: two workers that insert the same ids in different order deadlock (10 in 244 commits; sorted none in 1,240).
 _CLAIM = """

@@ -7,10 +7,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from sqlalchemy import Connection, Engine, create_engine
+from sqlalchemy.orm import Session, sessionmaker
 
 from eoframework.db.faults import classified
-from eoframework.db.schema import Schema
 from eoframework.errors import ConfigurationError
+from eoframework.schema import Schema
+
+__all__ = ["Connection", "Database", "SessionFactory", "open_database"]
+
+SessionFactory = sessionmaker[Session]
 
 
 @dataclass(frozen=True)

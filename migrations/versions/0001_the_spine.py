@@ -130,7 +130,9 @@ def upgrade() -> None:
 
 def downgrade() -> None:
     eo = _schema()
-    tables = "dead_letter relay_member relay_shard delayed_message outbox_message outbox processed_message position consumer"
+    tables = (
+        "dead_letter relay_member relay_shard delayed_message outbox_message outbox processed_message position consumer"
+    )
     for table in tables.split():
         op.execute(f"DROP TABLE {eo}.{table}")
 

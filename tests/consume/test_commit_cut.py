@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from sqlalchemy import make_url, text
 
 from eoframework import App, Message, Topic, Tx, events
-from eoframework.db.schema import Schema
+from eoframework.schema import Schema
 from eoframework.db.session import Database, open_database
 from eoframework.settings import Settings
 from tests.conftest import make_settings

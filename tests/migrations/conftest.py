@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from eoframework.db import migrating
-from eoframework.db.schema import Schema
+from eoframework.schema import Schema
 from eoframework.db.session import Database, open_database
 from tests.conftest import REPOSITORY, Addresses, database_named
 

@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import Engine, create_engine, make_url, text
 
 from eoframework.db import migrating, readiness
-from eoframework.db.schema import Schema
+from eoframework.schema import Schema
 from eoframework.db.session import Database
 from eoframework.errors import ConfigurationError, EoError, NotFound, SchemaOutOfDate
 from eoframework.settings import environment

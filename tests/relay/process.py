@@ -22,7 +22,7 @@ from pathlib import Path
 from sqlalchemy import Engine, event
 
 from eoframework import clock, events, lifecycle
-from eoframework.db.schema import Schema
+from eoframework.schema import Schema
 from eoframework.db.session import open_database
 from eoframework.kafka import transaction
 from eoframework.relay import RelayWorker

@@ -20,7 +20,7 @@ from sqlalchemy import Connection, Engine, text
 from eoframework import clock, lifecycle
 from eoframework.checkpoint import checkpoint_topic
 from eoframework.db.outbox import Outbox
-from eoframework.db.schema import Schema
+from eoframework.schema import Schema
 from eoframework.db.session import Database, open_database
 from eoframework.kafka.admin import Admin
 from eoframework.message import OutboxMessage, new_id

@@ -21,7 +21,7 @@ from confluent_kafka.admin import (
 
 from eoframework import dev
 from eoframework.db import migrating
-from eoframework.db.schema import Schema
+from eoframework.schema import Schema
 from eoframework.db.session import open_database
 from eoframework.kafka.admin import Admin
 from eoframework.keys import shard_hash

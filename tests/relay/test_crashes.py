@@ -34,7 +34,7 @@ FROZEN_AT = {
     "after produce": "relay.produced",
     "before commit": "kafka.transaction.committing",
     "after commit": "kafka.transaction.committed",
-    "inside the delete's transaction": "sql:DELETE",
+    "inside the delete's transaction": 'sql:DELETE FROM "eo".outbox_message',
 }
 
 
