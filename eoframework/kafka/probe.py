@@ -27,7 +27,8 @@ def commit_probe_transaction(bootstrap_servers: str, *, topic: str, timeout: flo
         "log_level": 0,
     }
     try:
-        _make_topic(AdminClient({**client, "logger": _log}), topic, timeout)
+        quiet: dict[str, Any] = {**client, "logger": _log}
+        _make_topic(AdminClient(quiet), topic, timeout)
         # Retry and reconnect faster than the defaults: the coordinator's topic is being made right now.
         client.update({"retry.backoff.ms": 20, "reconnect.backoff.ms": 20, "linger.ms": 0, "logger": _log})
         client["transactional.id"] = topic
