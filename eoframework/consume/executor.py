@@ -14,15 +14,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from sqlalchemy import Connection
-from sqlalchemy.orm import Session, sessionmaker
-
 from eoframework import clock, events
 from eoframework.consume.batch import Batch, Delivery, Failure, Outcome, split_undecodable
 from eoframework.db.faults import passing_trouble
 from eoframework.db.outbox import Outbox
 from eoframework.db.position import Claim, Positions, Stream
 from eoframework.db.processed import ProcessedMessages
+from eoframework.db.session import Connection, SessionFactory
 from eoframework.db.unit_of_work import WorkerConnection, handler_session
 from eoframework.errors import ConfigurationError, DecodeError, FailClosed, Fenced, LostConnection, Retryable
 from eoframework.handlers import Handler
@@ -66,12 +64,14 @@ class Executor:
         stream: Stream,
         stores: Stores,
         connection: WorkerConnection,
-        session_factory: sessionmaker[Session],
+        session_factory: SessionFactory,
         *,
         app_name: str,
         budget: float,
         stopping: Callable[[], bool] = lambda: False,
+        before_commit: Callable[[], None] = lambda: None,
     ) -> None:
+        """`before_commit` raises if the batch may not count after all: its records may be another topic's."""
         self._handler = handler
         self._stream = stream
         self._stores = stores
@@ -80,6 +80,7 @@ class Executor:
         self._app_name = app_name
         self._budget = budget
         self._stopping = stopping
+        self._before_commit = before_commit
 
     # --- 1. decode ---
 
@@ -147,6 +148,10 @@ class Executor:
         tx, handled = self._handle(connection, first, deadline)
         done = self._cut(connection, batch, first, handled)
         self._stores.outbox.insert(connection, tx.take_outbox())
+        # Asked after the records came and answered before they count. The client reads a re-created topic on from the
+        # old offset, under KIP-848 too, until a heartbeat tells it: what is booked by then would be booked again when
+        # the new topic is processed from its beginning.
+        self._before_commit()
         self._connection.check_intact()
         events.emit("consume.handled", handler=self._handler.name, messages=handled)
         return Outcome(moved=done.ends, messages=handled, duplicates=len(done.deliveries) - handled)

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 class Cluster(Protocol):
     """What a claim asks of Kafka."""
 
-    def topic_id(self, topic: str) -> UUID: ...
+    def ask_topic_id(self, topic: str) -> Callable[[], UUID]: ...
     def group_offsets(self, group: str, topic: str) -> GroupOffsets: ...
     def watermarks(self, topic: str, partition: int) -> tuple[int, int]: ...
 
@@ -227,9 +227,17 @@ class Ownership:
             )
 
     def check_topic(self) -> None:
-        """Stop if the topic was re-created: the classic protocol silently reads the new one from the old offset."""
+        """Stop if the topic was deleted or re-created."""
+        self.ask_topic()()
+
+    def ask_topic(self) -> Callable[[], None]:
+        """Ask now whether the topic is the one it was; calling what is returned takes the answer, or stops."""
+        answer = self._cluster.ask_topic_id(self._stream.topic)
+        return lambda: self._same_topic(answer)
+
+    def _same_topic(self, answer: Callable[[], UUID]) -> None:
         try:
-            found = self._cluster.topic_id(self._stream.topic)
+            found = answer()
         except UnknownTopic as error:
             raise deleted_topic(self._stream) from error
         if found != self._stream.topic_id:

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from typing import Protocol
 from uuid import UUID
 
-from sqlalchemy import Connection
-
-from eoframework.db.position import PositionRow, Positions, Stream
+from eoframework.db.position import Claim, PositionRow, Positions, Stream
+from eoframework.db.session import Connection
 from eoframework.errors import ConfigurationError, FailClosed
 from eoframework.handlers import Handler
 
@@ -115,22 +114,30 @@ def topic_recreated(consumer: str, topic: str, old: UUID, new: UUID) -> FailClos
     )
 
 
-def refuse_moved_offset(
-    stream: Stream, partition: int, position: int, committed: tuple[int, str], our_mark: str
-) -> None:
-    """Stop if somebody moved the group's offset, or it is ahead of a database that was set back."""
-    offset, mark = committed
-    if mark != our_mark and offset != position:
+def refuse_moved_offset(stream: Stream, claim: Claim, offset: int, committed_under: int | None) -> None:
+    """Stop if somebody moved the group's offset, or it is ahead of a database that was set back.
+
+    `committed_under` is the epoch of the claim under which we committed it, None if it was not us. An offset ahead of
+    ours from before the row's last epoch is left over from before `eo position set`; a restored row is never that new.
+    """
+    partition, position = claim.partition, claim.next_offset
+    if committed_under is None and offset != position:
         raise FailClosed(
             f"{stream.consumer}: somebody set the group's offset in {stream.topic}[{partition}] to {offset}; the "
             f"database says {position}, and the database is what counts.",
             remedy=f"To move: eo position set {stream.consumer} {partition} {offset}. To keep {position}: "
             f"eo position set {stream.consumer} {partition} {position}",
         )
-    if offset > position:
-        raise FailClosed(
-            f"{stream.consumer}: the group's offset in {stream.topic}[{partition}] is {offset}, ahead of the "
-            f"database's {position}: the database was restored to an older state, so effects between were lost there.",
-            remedy=f"To redo them: eo position set {stream.consumer} {partition} {position}. To leave them out: "
-            f"eo position set {stream.consumer} {partition} {offset}",
-        )
+    if committed_under is not None and offset > position and committed_under >= claim.epoch - 1:
+        raise set_back(stream, partition, position, offset)
+
+
+def set_back(stream: Stream, partition: int, position: int, offset: int) -> FailClosed:
+    """The database knows less than it once did."""
+    return FailClosed(
+        f"{stream.consumer}: {stream.topic}[{partition}] was processed up to {offset}, but the database's position is "
+        f"{position}: it was restored to an older state, or failed over to a standby that lagged, so the effects "
+        "between were lost there.",
+        remedy=f"To redo them: eo position set {stream.consumer} {partition} {position}. To leave them out: "
+        f"eo position set {stream.consumer} {partition} {offset}",
+    )

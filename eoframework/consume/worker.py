@@ -11,7 +11,7 @@ import os
 import secrets
 import socket
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from eoframework import clock, events
 from eoframework.app import App
@@ -27,7 +27,7 @@ from eoframework.errors import HandlerFailed, LostConnection, Retryable
 from eoframework.handlers import Handler
 from eoframework.kafka.admin import Admin
 from eoframework.kafka.config import consumer_config
-from eoframework.kafka.consumer import GroupConsumer
+from eoframework.kafka.consumer import GroupConsumer, OutOfRange
 from eoframework.lifecycle import Backoff
 from eoframework.message import Record
 from eoframework.settings import Settings
@@ -66,6 +66,7 @@ class ConsumeWorker:
         self._uncommitted: dict[int, Claim] = {}
         self._next_commit = self._next_check = self._next_warning = 0.0
         self._pause = Backoff(longest=_LONGEST_BACKOFF)
+        self._topic_asked: Callable[[], None] = lambda: None
         self._backoff = 0.0
         self._consumer: GroupConsumer | None = None
         self._once = once
@@ -112,6 +113,7 @@ class ConsumeWorker:
             # The batch ends early rather than letting the group think this member is dead.
             budget=self._settings.max_poll_interval / 3,
             stopping=self._draining.is_set,
+            before_commit=self._confirm_topic,
         )
 
     def drained(self) -> bool:
@@ -146,14 +148,23 @@ class ConsumeWorker:
         """Claim what waits, fetch a batch, execute it, apply the outcome."""
         consumer = self._member()
         self._claim_waiting(consumer)
-        records = consumer.fetch(self._limit, self._patience())
+        records = self._fetch(consumer)
         records = [record for record in records if record.partition in self._ownership.claims]
         if records:
             touched = {record.partition for record in records}
             claims = {partition: self._ownership.claims[partition] for partition in touched}
+            self._topic_asked = self._ownership.ask_topic()
             self._apply(consumer, self._executor.execute(records, claims), records)
         self._keep_house(consumer)
         return 0.0
+
+    def _fetch(self, consumer: GroupConsumer) -> list[Record]:
+        try:
+            return consumer.fetch(self._limit, self._patience())
+        except OutOfRange:
+            # A topic that was re-created is out of range until it has grown, and has another remedy.
+            self._check_topic()
+            raise
 
     def _patience(self) -> float:
         return min(self._settings.max_wait, 0.1) if self._ownership.waiting else self._settings.max_wait
@@ -281,6 +292,9 @@ class ConsumeWorker:
             self._ownership.check_topic()
         except Retryable as trouble:
             log.info("%s: topic not checked: %s It is checked again soon", self.name, trouble)
+
+    def _confirm_topic(self) -> None:
+        self._topic_asked()
 
     def _check_claims(self, consumer: GroupConsumer) -> None:
         """Find out about `eo position set` on a partition where nothing arrives."""

@@ -13,7 +13,7 @@ from uuid import UUID
 
 from sqlalchemy import Connection
 
-from eoframework.db.schema import Schema
+from eoframework.schema import Schema
 
 _CONSUMER = """
 INSERT INTO {eo}.consumer (name, topic) VALUES (%(name)s, %(topic)s)
@@ -61,6 +61,11 @@ UPDATE {eo}.position p SET next_offset = f.next FROM fence f JOIN locked USING (
 WHERE p.consumer_id = %(consumer_id)s AND p.topic_id = %(topic_id)s AND p.partition = f.partition
     AND p.epoch = f.epoch AND p.next_offset = f.expected
 RETURNING p.partition
+"""
+_HELD = """
+SELECT p.partition FROM {eo}.position p
+JOIN unnest(%(partitions)s::int[], %(epochs)s::bigint[]) AS f(partition, epoch) USING (partition, epoch)
+WHERE p.consumer_id = %(consumer_id)s AND p.topic_id = %(topic_id)s
 """
 _CUT = """
 UPDATE {eo}.position p SET next_offset = f.next
@@ -188,6 +193,13 @@ class Positions:
         moved = {row[0] for row in self._all(connection, "advance", {**stream.key(), **values})}
         return {claim.partition for claim in held} - moved
 
+    def lost(self, connection: Connection, stream: Stream, claims: Iterable[Claim]) -> set[int]:
+        """The partitions whose row is no longer ours, without waiting for a message to find out."""
+        epochs = {claim.partition: claim.epoch for claim in claims}
+        values = {"partitions": list(epochs), "epochs": list(epochs.values())}
+        held = {row[0] for row in self._all(connection, "held", {**stream.key(), **values})}
+        return epochs.keys() - held
+
     def cut(self, connection: Connection, stream: Stream, to: Mapping[int, int]) -> None:
         """Take part of an `advance` of this same transaction back; the rows are locked and ours."""
         values = {"partitions": list(to), "next": list(to.values())}
@@ -222,6 +234,7 @@ _STATEMENTS = {
     "claim": _CLAIM,
     "reclaim": _RECLAIM,
     "advance": _ADVANCE,
+    "held": _HELD,
     "cut": _CUT,
     "release": _RELEASE,
     "terminate": _TERMINATE,

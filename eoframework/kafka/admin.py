@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -25,7 +25,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]  # its stubs d
 from eoframework import clock
 from eoframework.errors import ConfigurationError, EoError, Retryable, Unreachable
 from eoframework.kafka.config import admin_config
-from eoframework.kafka.consumer import OUR_COMMIT
+from eoframework.kafka.consumer import offset_mark
 from eoframework.kafka.faults import classify, kafka_error
 from eoframework.settings import Settings
 
@@ -151,8 +151,12 @@ class Admin:
 
     def topic_id(self, topic: str) -> UUID:
         """Only the topic's id, for frequent checks. Raises UnknownTopic, NotAuthorized."""
-        futures = self._client.describe_topics(TopicCollection([topic]), request_timeout=_TIMEOUT)
-        return _uuid(self._result(futures[topic], f"asking the id of topic {topic}", topic=topic).topic_id)
+        return self.ask_topic_id(topic)()
+
+    def ask_topic_id(self, topic: str) -> Callable[[], UUID]:
+        """As `topic_id`: the question is asked now, the answer taken later by calling what is returned."""
+        future = self._client.describe_topics(TopicCollection([topic]), request_timeout=_TIMEOUT)[topic]
+        return lambda: _uuid(self._result(future, f"asking the id of topic {topic}", topic=topic).topic_id)
 
     def existing(self, topics: Iterable[str]) -> dict[str, TopicInfo]:
         """Those of the topics that exist."""
@@ -191,9 +195,9 @@ class Admin:
             if entry.topic == topic and entry.offset >= 0
         }
 
-    def set_group_offset(self, group: str, topic: str, partition: int, offset: int) -> bool:
+    def set_group_offset(self, group: str, topic: str, partition: int, offset: int, *, epoch: int) -> bool:
         """Commit the group's offset in the name of its consumer; False while the group has members."""
-        where = TopicPartition(topic, partition, offset, metadata=OUR_COMMIT)
+        where = TopicPartition(topic, partition, offset, metadata=offset_mark(epoch))
         asked = [ConsumerGroupTopicPartitions(group, [where])]
         future = self._client.alter_consumer_group_offsets(asked, request_timeout=_TIMEOUT)[group]
         return self._unless_in_use(future, f"setting the offset of group {group}")

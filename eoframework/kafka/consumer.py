@@ -82,6 +82,7 @@ class GroupConsumer:
         try:
             messages = self._poll(limit, timeout)
         except BaseException as error:
+            self._raise_callback_error()
             self.rewind(self._handed)
             if isinstance(error, (KafkaException, KafkaError)):
                 raise classify(error, f"fetching from {self._topic}") from error
@@ -298,9 +299,13 @@ def epoch_of_mark(mark: str) -> int | None:
     return int(epoch) if mark.startswith(_MARK) and epoch.isdecimal() else None
 
 
-def offset_out_of_range(group: str, topic: str, partition: int | None, detail: str) -> FailClosed:
+class OutOfRange(FailClosed):
+    """The offset where we stand is not in the log."""
+
+
+def offset_out_of_range(group: str, topic: str, partition: int | None, detail: str) -> OutOfRange:
     """Kafka no longer has, or does not have yet, the offset where we stand."""
-    return FailClosed(
+    return OutOfRange(
         f"{topic}[{partition}]: the stored position is outside the log ({detail}): "
         "records were deleted before they were processed, or the topic is not the one it was.",
         remedy="Nothing was skipped. Find out why; then, to go on with the first message there is: "
