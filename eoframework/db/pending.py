@@ -88,7 +88,7 @@ class PendingRows:
             "bytes": max_bytes,
             "paused": list(paused),
         }
-        with self._shards.reading(f"selecting outbox rows of {claim}") as connection:
+        with self._shards.single(f"selecting outbox rows of {claim}") as connection:
             found = connection.exec_driver_sql(self._select, values).all()
         return Selection([_row(row) for row in found], bool(found) and bool(found[0][-1]))
 
@@ -152,12 +152,12 @@ class PendingRows:
 
         Whoever does it, each row moves once: it is deleted there and inserted here by one statement.
         """
-        with self._shards.writing(f"moving due rows of shard {shard}") as connection:
+        with self._shards.single(f"moving due rows of shard {shard}") as connection:
             return int(connection.exec_driver_sql(self._move_due, {"shard": shard, "limit": limit}).rowcount)
 
     def last_seq(self) -> int:
         """The highest `seq` there is now, 0 when the outbox is empty."""
-        with self._shards.reading("looking for the outbox's end") as connection:
+        with self._shards.single("looking for the outbox's end") as connection:
             found = connection.exec_driver_sql(
                 self._shards.sql("SELECT coalesce(max(seq), 0) FROM {eo}.outbox_message")
             )
@@ -169,7 +169,7 @@ class PendingRows:
             SELECT EXISTS (SELECT FROM {eo}.outbox_message
                             WHERE seq <= %(seq)s AND topic <> ALL (%(paused)s::text[]))"""
         values = {"seq": up_to, "paused": list(paused)}
-        with self._shards.reading("looking for what is left in the outbox") as connection:
+        with self._shards.single("looking for what is left in the outbox") as connection:
             return bool(connection.exec_driver_sql(self._shards.sql(statement), values).scalar_one())
 
     def _count_batch(self, connection: Connection, claim: Claim, batch_no: int, next_batch_no: int) -> None:

@@ -9,6 +9,7 @@ from uuid import UUID
 
 from sqlalchemy import Connection
 
+from eoframework.db.faults import classified
 from eoframework.db.session import Database
 from eoframework.errors import Fenced
 from eoframework.settings import Settings
@@ -66,14 +67,14 @@ class Shards:
 
     def outbox(self) -> tuple[UUID, int]:
         """The outbox's identity, minted by the migration, and its number of shards."""
-        with self.reading("reading the outbox's identity") as connection:
+        with self.single("reading the outbox's identity") as connection:
             found = connection.exec_driver_sql(self.sql("SELECT id, shards FROM {eo}.outbox")).one()
         return found[0], found[1]
 
     def states(self) -> dict[int, ShardState]:
         """Every shard's state, as last committed."""
         statement = "SELECT shard, batch_no, cluster_id, checkpoint_topic_id FROM {eo}.relay_shard"
-        with self.reading("reading the relay's shards") as connection:
+        with self.single("reading the relay's shards") as connection:
             found = connection.exec_driver_sql(self.sql(statement)).all()
         return {row[0]: ShardState(*row[1:]) for row in found}
 
@@ -173,7 +174,7 @@ class Shards:
             SELECT pid, extract(epoch FROM clock_timestamp() - xact_start)::float8 FROM pg_stat_activity
              WHERE backend_xmin IS NOT NULL AND xact_start IS NOT NULL AND pid <> pg_backend_pid()
              ORDER BY age(backend_xmin) DESC, xact_start LIMIT 1"""
-        with self.reading("looking for old snapshots") as connection:
+        with self.single("looking for old snapshots") as connection:
             found = connection.exec_driver_sql(statement).one_or_none()
         return None if found is None else (found[0], found[1])
 
@@ -182,9 +183,10 @@ class Shards:
         return self._database.schema.sql(template)
 
     @contextmanager
-    def reading(self, what: str) -> Iterator[Connection]:
-        """A transaction that takes no locks."""
-        with self._database.begin(what) as connection:
+    def single(self, what: str) -> Iterator[Connection]:
+        """For one statement that is a transaction by itself: one round trip, and no lock is left to a frozen client."""
+        engine = self._database.engine.execution_options(isolation_level="AUTOCOMMIT")
+        with classified(what), engine.connect() as connection:
             yield connection
 
     @contextmanager

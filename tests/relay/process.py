@@ -22,10 +22,10 @@ from pathlib import Path
 from sqlalchemy import Engine, event
 
 from eoframework import clock, events, lifecycle
-from eoframework.schema import Schema
 from eoframework.db.session import open_database
 from eoframework.kafka import transaction
 from eoframework.relay import RelayWorker
+from eoframework.schema import Schema
 from eoframework.settings import Settings
 
 

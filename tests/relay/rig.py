@@ -20,11 +20,11 @@ from sqlalchemy import Connection, Engine, text
 from eoframework import clock, lifecycle
 from eoframework.checkpoint import checkpoint_topic
 from eoframework.db.outbox import Outbox
-from eoframework.schema import Schema
 from eoframework.db.session import Database, open_database
 from eoframework.kafka.admin import Admin
 from eoframework.message import OutboxMessage, new_id
 from eoframework.relay import RelayWorker
+from eoframework.schema import Schema
 from eoframework.settings import Settings
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -19,7 +19,10 @@ POINTS = {
 
 @pytest.mark.parametrize("point", POINTS.values(), ids=POINTS.keys())
 def test_killed_anywhere_the_next_relay_goes_on_exactly(rig: Rig, point: str) -> None:
-    """Seen to fail (150 doubled, "after commit, before delete") with `_finish` in relay/recovery.py skipped."""
+    """Seen to fail (40 doubled, "after commit, before delete") with the checkpoint ignored: `settle` in
+
+    relay/recovery.py returning the database's batch number.
+    """
     messages = rig.publish(200) + rig.publish(200)
     victim = rig.start(die_at=point, relay_batch=40)
     assert victim.wait() == -signal.SIGKILL, victim.log()
@@ -40,10 +43,10 @@ FROZEN_AT = {
 
 @pytest.mark.parametrize("point", FROZEN_AT.values(), ids=FROZEN_AT.keys())
 def test_frozen_relay_that_wakes_late_changes_nothing(rig: Rig, point: str) -> None:
-    """Seen to fail with the transactional.id made unique to the process in relay/shard.py `_transactions` (doubled:
+    """Seen to fail (40 doubled in each case but the last) with a transactional.id of the process's own in
 
-    "after select", "before commit"), and with `_guards` emptied in db/shards.py ("inside the delete's transaction":
-    the successor waits for the zombie's locks for ever).
+    relay/shard.py `_transactions`; and "inside the delete's transaction" (the successor waits for the zombie's locks
+    for ever) without `idle_in_transaction_session_timeout` in db/shards.py `writing`.
     """
     messages = rig.publish(200)
     zombie = rig.start(hold=point, relay_batch=100)
@@ -63,7 +66,8 @@ def test_frozen_relay_that_wakes_late_changes_nothing(rig: Rig, point: str) -> N
 def test_frozen_while_its_producer_is_replaced(rig: Rig) -> None:
     """A relay that wakes up inside `init_transactions()` fences its successor; it must not publish what that one has.
 
-    Seen to fail (doubled) with `make_ready()` moved behind `_select()` in relay/shard.py `_round`.
+    Seen to fail with `make_ready()` moved behind `_select()` in relay/shard.py `_round`: the woken relay publishes an
+    old batch again, and its successor stops at that batch's checkpoint.
     """
     messages = rig.publish(200, keys=1)
     # Without patience every commit counts as doubtful, so that there is a replacement to freeze in.

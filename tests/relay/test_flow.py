@@ -51,7 +51,7 @@ def test_a_record_carries_what_was_published(rig: Rig) -> None:
 
 
 def test_lower_number_committed_later_is_published_too(rig: Rig) -> None:
-    """Rows are chosen by state. Seen to fail (1 lost) with a cursor: `AND seq > <last seq sent>` in the select."""
+    """Rows are chosen by state. Seen to fail (1 never published) with `AND seq > <last seq sent>` in the select."""
     with rig.run_here():
         with rig.database.engine.connect() as slow:
             late = rig.message(key=None)
