@@ -119,7 +119,7 @@ class WorkerConnection:
     def _roll_back(self, transaction: RootTransaction) -> None:
         """End the transaction whatever state it is in; a connection that cannot even roll back is thrown away."""
         try:
-            transaction.rollback()
+            transaction.close()
             if self._connection is not None and self.status() in _OPEN:
                 _driver(self._connection).rollback()  # SQLAlchemy thinks it is over: a handler tried to end it
         except Exception:  # noqa: BLE001 - the first error is the one to tell; the server rolls back a closed session
@@ -143,9 +143,9 @@ class WorkerConnection:
             raise LostConnection(f"{self._handler}: the connection to PostgreSQL was lost inside the handler.")
         if status is TransactionStatus.IDLE and not self._rolled_back:
             raise FailClosed(
-                f"{self._handler} committed the database transaction past every guard: the positions of its batch are "
-                "stored, the messages after the one being handled were not processed.",
-                remedy="Set the position to the first of them: eo position set. " + _LEAVE_IT,
+                f"{self._handler} ended the database transaction past every guard. If it committed, the positions of "
+                "its batch are stored, and the messages after the one being handled were not processed.",
+                remedy="Compare `eo position show`; to process them: eo position set. " + _LEAVE_IT,
             )
         raise HandlerMisuse(
             f"{self._handler} caught a database error and went on: its transaction is already lost ({status.name}).",

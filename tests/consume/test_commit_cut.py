@@ -10,8 +10,8 @@ from pydantic import BaseModel
 from sqlalchemy import make_url, text
 
 from eoframework import App, Message, Topic, Tx, events
-from eoframework.schema import Schema
 from eoframework.db.session import Database, open_database
+from eoframework.schema import Schema
 from eoframework.settings import Settings
 from tests.conftest import make_settings
 from tests.consume.harness import column, make_app, make_ledger, next_offsets, run_once

@@ -1,0 +1,57 @@
+"""One handler's executor on a real database, fed with records made here: for what does not depend on Kafka."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+
+from eoframework import App
+from eoframework.consume.batch import Outcome
+from eoframework.consume.executor import Executor, Stores
+from eoframework.db.outbox import Outbox
+from eoframework.db.position import Positions, Stream
+from eoframework.db.processed import ProcessedMessages
+from eoframework.db.unit_of_work import Timeouts, WorkerConnection
+from eoframework.message import Record
+from tests.consume.harness import next_offsets, scalar
+
+TOPIC_ID = uuid.UUID(int=7)
+
+
+class Rig:
+    """Claims partitions 0 to 2 and runs what it is given; the claims follow what was committed."""
+
+    def __init__(self, app: App, *, budget: float = 60) -> None:
+        self.app = app
+        handler, database = app.handlers[0], app.database
+        positions = Positions(database.schema)
+        self.connection = WorkerConnection(database, Timeouts(10, 5, 4), handler=handler.group)
+        with self.connection.begin("claims") as connection:
+            number = positions.register(connection, name=handler.group, topic=handler.topic.name)
+            stream = Stream(number, handler.group, handler.topic.name, TOPIC_ID, "cluster")
+            self.claims = {p: positions.claim(connection, stream, p, owner="rig") for p in range(3)}
+        stores = Stores(positions, ProcessedMessages(database.schema), Outbox(database.schema))
+        self._executor = Executor(
+            handler, stream, stores, self.connection, app.session_factory, app_name=app.name, budget=budget
+        )
+        self._topic = handler.topic.name
+        self._ends = dict.fromkeys(self.claims, 0)
+
+    def record(self, value: bytes | None, *, partition: int = 0, identity: str | None = None) -> Record:
+        """The next record of the partition."""
+        offset, self._ends[partition] = self._ends[partition], self._ends[partition] + 1
+        headers = (("message-id", identity.encode()),) if identity else ()
+        return Record(self._topic, partition, offset, None, value, headers, 0)
+
+    def run(self, records: Sequence[Record]) -> Outcome:
+        claims = {r.partition: self.claims[r.partition] for r in records}
+        outcome = self._executor.execute(records, claims)
+        for partition, offset in outcome.moved.items():
+            self.claims[partition] = self.claims[partition].moved(offset)
+        return outcome
+
+    def positions(self) -> list[int]:
+        return [offset for _, offset in next_offsets(self.app.database)]
+
+    def booked(self) -> int:
+        return int(scalar(self.app.database.engine, "SELECT count(*) FROM ledger"))
