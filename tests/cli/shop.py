@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 
 from pydantic import BaseModel
 from sqlalchemy import text
@@ -10,6 +11,9 @@ from sqlalchemy import text
 from eoframework import App, Topic, Tx
 
 _SUFFIX = os.environ.get("SHOP_SUFFIX", "x")
+
+
+HANGING = 999
 
 
 class Order(BaseModel):
@@ -27,6 +31,8 @@ empty = App("empty")
 def book(order: Order, tx: Tx) -> None:
     if order.order_id < 0:
         raise ValueError("an order below zero")
+    if order.order_id == HANGING:
+        threading.Event().wait(60)
     tx.session.execute(text("INSERT INTO booking VALUES (:id, :pid)"), {"id": order.order_id, "pid": os.getpid()})
     tx.publish(booked, order)
 
