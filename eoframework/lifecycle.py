@@ -91,7 +91,8 @@ def signals(stop: threading.Event, *, at_once: Callable[[], None] | None = None)
         yield
     finally:
         for number, handler in previous.items():
-            signal.signal(number, handler)
+            # Once drained, the process ends by itself: a late second Ctrl-C must not turn exit code 0 into a traceback.
+            signal.signal(number, signal.SIG_IGN if stop.is_set() else handler)
 
 
 def stop_when_orphaned(stop: threading.Event, *, pipe: int = 0) -> None:

@@ -16,6 +16,7 @@ from tests.processes import Eo, eventually
 
 CONFIRMED = "SELECT count(*) FROM confirmation"
 BOOKED = "SELECT count(*) FROM booking"
+HELD = "SELECT count(*) FROM eo.position WHERE owner IS NOT NULL"
 OUTBOX = "SELECT count(*) FROM eo.outbox_message"
 
 
@@ -78,7 +79,8 @@ def test_the_second_signal_leaves_at_once(shell: Shell, number: signal.Signals, 
     shell.run("relay", APP, "--once")
     process = shell.start("run", APP, "--handler", "book")
     hanging = (
-        "SELECT count(*) FROM pg_stat_activity WHERE state = 'idle in transaction' AND datname = current_database()"
+        "SELECT count(*) FROM pg_stat_activity WHERE state = 'idle in transaction' AND datname = current_database() "
+        "AND state_change < clock_timestamp() - interval '0.5 s'"
     )
     eventually(lambda: shell.scalar(hanging), "the handler hangs inside its transaction", log=process.log)
     process.signal(number)
@@ -86,6 +88,16 @@ def test_the_second_signal_leaves_at_once(shell: Shell, number: signal.Signals, 
     eventually(lambda: process.signal(number) or not process.running(), "it leaves", seconds=20, log=process.log)
     assert process.wait() == code
     assert shell.scalar(BOOKED) == 0
+
+
+def test_signals_while_it_drains_do_not_spoil_the_ending(shell: Shell) -> None:
+    """Seen to fail with the handlers restored in lifecycle.signals: the second ended the interpreter's own ending."""
+    process = shell.start("run", APP)
+    eventually(lambda: process.output().count("claimed") >= 3, "it claims", log=process.log)
+    process.signal(signal.SIGTERM)
+    eventually(lambda: shell.scalar(HELD) == 0, "it has released its partitions", log=process.log)
+    eventually(lambda: process.signal(signal.SIGTERM) or not process.running(), "it ends", log=process.log)
+    assert process.wait() in (0, 143)
 
 
 def test_workers_are_restarted_after_a_kill_and_drain_together(shell: Shell) -> None:
@@ -111,8 +123,7 @@ def test_workers_leave_when_their_parent_is_killed(shell: Shell) -> None:
     process.kill()
     eventually(lambda: all(gone(pid) for pid in pids), "the workers are gone", log=process.log)
     assert "the parent process is gone; draining" in process.output()
-    held = "SELECT count(*) FROM eo.position WHERE owner IS NOT NULL"
-    assert shell.scalar(held) == 0
+    assert shell.scalar(HELD) == 0
 
 
 def test_a_worker_that_protects_data_stops_all(shell: Shell) -> None:
