@@ -171,7 +171,7 @@ def handler_session(factory: sessionmaker[Session], connection: Connection, *, h
 
     Whatever the factory would route elsewhere comes here: an effect on another connection would not be ours to commit.
     """
-    session = factory(bind=connection, binds={}, twophase=False, join_transaction_mode="rollback_only")
+    session = factory(bind=connection, twophase=False, join_transaction_mode="rollback_only")
     setattr(session, "get_bind", lambda *_, **__: connection)  # noqa: B010 - mypy
     for name in ("commit", "rollback", "close", "reset"):
         setattr(session, name, _forbidden(handler, name))
