@@ -34,7 +34,7 @@ class Proxy:
             self._armed = moment
 
     def close(self) -> None:
-        self._listener.close()
+        _hang_up(self._listener)  # a close alone would let a waiting accept go on
         for one in self._sockets:
             _hang_up(one)
 
@@ -43,7 +43,9 @@ class Proxy:
             try:
                 client, _ = self._listener.accept()
             except OSError:
-                return  # closed
+                return None  # closed
+            if self._listener.fileno() < 0:
+                return _hang_up(client)
             server = socket.create_connection(self._server)
             self._sockets += (client, server)
             answered = threading.Event()
