@@ -30,6 +30,7 @@ class Shell:
     suffix: str
     directory: Path
     processes: list[Eo] = field(default_factory=list)
+    extra: dict[str, str] = field(default_factory=dict)
 
     @property
     def orders(self) -> str:
@@ -75,7 +76,8 @@ class Shell:
             return int(connection.scalar(text(statement)) or 0)
 
     def _environment(self) -> dict[str, str]:
-        return settings_environment(self.settings, SHOP_SUFFIX=self.suffix, NO_COLOR="1", COLUMNS="200")
+        own = {"SHOP_SUFFIX": self.suffix, "NO_COLOR": "1", "COLUMNS": "200"}
+        return settings_environment(self.settings, **own) | self.extra
 
 
 @pytest.fixture
