@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, Engine, create_engine
+from sqlalchemy import Connection, Engine, create_engine, make_url
 from sqlalchemy.orm import Session, sessionmaker
 
 from eoframework.db.faults import classified
@@ -39,7 +39,20 @@ class Database:
             yield connection
 
 
+# A host that vanished (no reset, no answer) would hold a worker for minutes or hours: statement_timeout is the
+# server's, and the server is what is gone. Seconds, except the last.
+_NETWORK_PATIENCE = {
+    "connect_timeout": 10,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 30_000,
+}
+
+
 def open_database(url: str, schema: Schema) -> Database:
-    """A database with a small pool; opens no connection yet."""
-    engine = create_engine(url, pool_pre_ping=True, pool_size=5, max_overflow=10)
+    """A database with a small pool; opens no connection yet. What the URL itself says of the network counts."""
+    asked = make_url(url).query
+    patience = {name: value for name, value in _NETWORK_PATIENCE.items() if name not in asked}
+    engine = create_engine(url, pool_pre_ping=True, pool_size=5, max_overflow=10, connect_args=patience)
     return Database(engine, schema)

@@ -37,6 +37,14 @@ _PROBE_TIMEOUT = 3.0
 _SLICE = 0.1
 
 _UNKNOWN = frozenset({KafkaError._UNKNOWN_TOPIC, KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_PARTITION})
+_INVALID = frozenset(
+    {
+        KafkaError.INVALID_REPLICATION_FACTOR,
+        KafkaError.INVALID_PARTITIONS,
+        KafkaError.INVALID_CONFIG,
+        KafkaError.POLICY_VIOLATION,
+    }
+)
 _IN_USE = frozenset({KafkaError.NON_EMPTY_GROUP, KafkaError.UNKNOWN_MEMBER_ID, KafkaError.REBALANCE_IN_PROGRESS})
 _REFUSED_LOGIN = frozenset({KafkaError._AUTHENTICATION, KafkaError.SASL_AUTHENTICATION_FAILED})
 _FORBIDDEN = frozenset(
@@ -275,6 +283,8 @@ class Admin:
                 f"{what}: Kafka at {self._servers} refuses: {error.str()}.",
                 remedy="Grant the right to this principal (kafka-acls), or use another one (EO_KAFKA_SASL_*).",
             )
+        if error.code() in _INVALID:
+            return ConfigurationError(f"{what}: Kafka refuses: {error.str()}.", remedy="Correct Topic(...).")
         return classify(error, what)
 
     def _on_error(self, error: KafkaError) -> None:

@@ -22,6 +22,7 @@ class Order(BaseModel):
 
 orders = Topic(f"shop.orders.{_SUFFIX}", Order, key="order_id", id="order_id", partitions=2)
 booked = Topic(f"shop.booked.{_SUFFIX}", Order, key="order_id", partitions=1, config={"retention.ms": "3600000"})
+ambitious = App("ambitious", topics=[Topic(f"shop.ambitious.{_SUFFIX}", Order, replication_factor=5)])
 app = App(f"shop-{_SUFFIX}", topics=[booked])
 not_an_app = object()
 empty = App("empty")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import uuid
 
 from sqlalchemy import text
 
+from eoframework import provision
+from eoframework.topic import Topic
 from tests.cli.conftest import APP, Shell
 
 
@@ -37,3 +40,24 @@ def test_a_setting_is_corrected_and_partitions_are_left_to_a_person(bare_shell: 
     assert f"~ {booked}: retention.ms 1000 -> 3600000" in done.stdout
     assert bare_shell.admin.describe(booked).config["retention.ms"] == "3600000"
     assert bare_shell.admin.describe(bare_shell.orders).partitions == 1
+
+
+def test_three_brokers_keep_three_copies_and_want_two_in_sync() -> None:
+    topics = [Topic("orders", dict), Topic("own", dict, replication_factor=2, config={"min.insync.replicas": "1"})]
+    wanted = {topic.name: topic for topic in provision.wanted_topics(topics, brokers=3, outbox=(uuid.UUID(int=7), 8))}
+    orders, own, checkpoints = wanted["orders"], wanted["own"], wanted[f"eo.relay.{uuid.UUID(int=7)}"]
+    safe = {"min.insync.replicas": "2", "unclean.leader.election.enable": "false"}
+    assert (orders.replicas, orders.config) == (3, safe)
+    assert (own.replicas, own.config) == (2, safe | {"min.insync.replicas": "1"})
+    assert (checkpoints.partitions, checkpoints.replicas) == (8, 3)
+    assert checkpoints.config == safe | {"cleanup.policy": "compact"}
+
+
+def test_few_brokers_are_warned_of(bare_shell: Shell) -> None:
+    assert "new topics get one replica" in bare_shell.run("topics", "plan", APP, code=4).stderr
+
+
+def test_more_replicas_than_brokers(bare_shell: Shell) -> None:
+    said = bare_shell.run("topics", "apply", "tests.cli.shop:ambitious", code=3).stderr
+    assert "shop.ambitious" in said
+    assert "Correct Topic(...)" in said
