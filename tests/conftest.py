@@ -13,9 +13,9 @@ from sqlalchemy import create_engine, make_url, text
 
 from eoframework import dev
 from eoframework.db import migrating
-from eoframework.schema import Schema
 from eoframework.db.session import Database, open_database
 from eoframework.kafka.admin import Admin
+from eoframework.schema import Schema
 from eoframework.settings import Settings
 
 MakeTopic = Callable[..., str]

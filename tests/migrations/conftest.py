@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from eoframework.db import migrating
-from eoframework.schema import Schema
 from eoframework.db.session import Database, open_database
+from eoframework.schema import Schema
 from tests.conftest import REPOSITORY, Addresses, database_named
 
 AddVersion = Callable[[str], None]

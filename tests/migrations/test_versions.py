@@ -12,9 +12,9 @@ import pytest
 from sqlalchemy import Engine, create_engine, make_url, text
 
 from eoframework.db import migrating, readiness
-from eoframework.schema import Schema
 from eoframework.db.session import Database
 from eoframework.errors import ConfigurationError, EoError, NotFound, SchemaOutOfDate
+from eoframework.schema import Schema
 from eoframework.settings import environment
 from tests.conftest import REPOSITORY, Addresses
 from tests.migrations.conftest import AddVersion
