@@ -12,7 +12,7 @@ from confluent_kafka.admin import AdminClient, NewPartitions
 from pydantic import BaseModel
 from sqlalchemy import make_url, text
 
-from eoframework import App, Message, Topic, Tx
+from eoframework import App, Message, Topic, Tx, events
 from eoframework.db.session import Database, open_database
 from eoframework.schema import Schema
 from eoframework.settings import Settings
@@ -269,3 +269,41 @@ def test_a_worker_stops_cleanly_while_the_database_is_down(
     again.handler(Topic(topic_name, Entry), name="book")(book)
     assert run_once(again) == 0
     assert column(database.engine, 'SELECT "offset" FROM ledger ORDER BY id') == list(range(6))
+
+
+def test_a_blocked_partition_that_another_member_had_meanwhile_runs_again(
+    settings: Settings, database: Database, make_topic: MakeTopic, send: Callable[..., None]
+) -> None:
+    """Seen to fail with `consumer.resume` taken out of GroupConsumer._assigned: a partition paused when it was lost
+    came back paused, and stood still.
+    """
+    make_ledger(database.engine)
+    topic = make_topic(partitions=2)
+    for partition in range(2):
+        send(topic, [(None, entry(1))], partition=partition)
+    app = make_app(with_settings(settings, on_failure="pause"), database)
+    broken = threading.Event()
+    broken.set()
+    blocked: list[int] = []
+
+    def note(name: str, fields: dict[str, Any]) -> None:
+        if name == "consume.failed":
+            blocked.append(fields["record"].partition)
+
+    @app.handler(Topic(topic, Entry), name="book")
+    def picky(message: Message[Entry], tx: Tx) -> None:
+        if broken.is_set():
+            raise ValueError("not yet")
+        book(message, tx)
+
+    unsubscribe = events.subscribe(note)
+    with running(app) as first:
+        eventually(lambda: sorted(blocked) == [0, 1], "both partitions blocked")
+        with running(app) as second:
+            eventually(lambda: len(blocked) == 3, "one of them went to the second member, and is blocked there")
+            broken.clear()
+            assert second.end() == 0
+        rows_reach(database.engine, 1)
+        assert first.end() == 0
+    unsubscribe()
+    assert column(database.engine, "SELECT partition FROM ledger") == [blocked[2]]
