@@ -38,16 +38,16 @@ def outgoing_headers(
 
     `message-id` repeats `ce_id`: so a reader knows that the id was made to be unique by itself (`incoming_id`).
     """
-    text = [
-        ("ce_specversion", "1.0"),
-        ("ce_id", str(id)),
-        ("ce_source", source),
-        ("ce_type", type),
-        ("ce_time", time.astimezone(UTC).isoformat()),
-        ("content-type", content_type),
-        (MESSAGE_ID, str(id)),
+    identity = str(id).encode()
+    own: list[tuple[str, bytes | None]] = [
+        ("ce_specversion", b"1.0"),
+        ("ce_id", identity),
+        ("ce_source", source.encode()),
+        ("ce_type", type.encode()),
+        ("ce_time", time.astimezone(UTC).isoformat().encode()),
+        ("content-type", content_type.encode()),
+        (MESSAGE_ID, identity),
     ]
-    own: list[tuple[str, bytes | None]] = [(name, value.encode()) for name, value in text]
     if traceparent is not None and not any(name.lower() == "traceparent" for name, _ in headers):
         own.append(("traceparent", traceparent.encode()))
     return own + list(headers)

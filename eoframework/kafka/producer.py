@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
@@ -73,31 +73,35 @@ class BatchProducer:
             text = kafka_error(error).str()
             raise ConfigurationError(f"Kafka's settings: {text}.", remedy="Correct EO_KAFKA_*.") from error
 
-    def send(self, record: Outgoing) -> None:
-        """Queue a record. Raises Rejected when the client itself refuses it."""
-        while True:
+    def send(self, records: Iterable[Outgoing]) -> None:
+        """Queue records, in their order. Raises Rejected when the client itself refuses one."""
+        produce = self.client.produce
+        for record in records:
             try:
-                self.client.produce(
-                    record.topic,
-                    value=record.value,
-                    key=record.key,
-                    headers=record.headers,
-                    partition=record.partition,
-                )
+                produce(record.topic, record.value, record.key, record.partition, headers=record.headers)
+            except BufferError:
+                self._send_when_there_is_room(record)
+            except (KafkaException, TypeError, ValueError) as error:
+                raise self._refused(error, record.topic) from error
+
+    def _send_when_there_is_room(self, record: Outgoing) -> None:
+        while True:
+            self._flush_slice()
+            self._raise_fault()
+            try:
+                self.client.produce(record.topic, record.value, record.key, record.partition, headers=record.headers)
                 return
             except BufferError:
-                # The local queue is full: let it drain, then the same call again.
-                self._flush_slice()
-                self._raise_fault()
-            except KafkaException as error:
-                self.broken = self.broken or kafka_error(error).fatal()
-                raise _fault(kafka_error(error), record.topic) from error
-            except (TypeError, ValueError) as error:
-                raise Rejected(
-                    f"the Kafka client cannot send this record to {record.topic}: {error}.",
-                    topic=record.topic,
-                    topic_trouble=False,
-                ) from error
+                continue
+            except (KafkaException, TypeError, ValueError) as error:
+                raise self._refused(error, record.topic) from error
+
+    def _refused(self, error: Exception, topic: str) -> EoError:
+        if isinstance(error, KafkaException):
+            self.broken = self.broken or kafka_error(error).fatal()
+            return _fault(kafka_error(error), topic)
+        what = f"the Kafka client cannot send this record to {topic}: {error}."
+        return Rejected(what, topic=topic, topic_trouble=False)
 
     def flush(self) -> None:
         """Wait until Kafka has confirmed every record queued.
@@ -196,10 +200,10 @@ class IdempotentProducer:
     def begin(self) -> None:
         """Nothing to open."""
 
-    def send(self, record: Outgoing) -> None:
-        """Queue a record."""
+    def send(self, records: Iterable[Outgoing]) -> None:
+        """Queue records."""
         assert self._producer is not None
-        self._producer.send(record)
+        self._producer.send(records)
 
     def commit(self) -> None:
         """Wait until Kafka has confirmed all that was sent."""

@@ -9,7 +9,7 @@ transactional.id has a new epoch, with which the broker refuses the late copy.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from confluent_kafka import KafkaError, KafkaException
@@ -93,9 +93,9 @@ class TransactionalProducer:
         except KafkaException as error:
             raise self._doubted(producer, error, "beginning a Kafka transaction") from error
 
-    def send(self, record: Outgoing) -> None:
-        """Queue a record in the open transaction."""
-        self._ready().send(record)
+    def send(self, records: Iterable[Outgoing]) -> None:
+        """Queue records, in their order, in the open transaction."""
+        self._ready().send(records)
 
     def commit(self) -> None:
         """Make everything sent visible at once to read_committed readers.

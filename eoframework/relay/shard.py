@@ -12,7 +12,7 @@ record of the Kafka transaction, so whoever owns the shard next reads from it wh
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -46,7 +46,7 @@ class Sender(Protocol):
 
     def make_ready(self) -> None: ...
     def begin(self) -> None: ...
-    def send(self, record: Outgoing) -> None: ...
+    def send(self, records: Iterable[Outgoing]) -> None: ...
     def commit(self) -> None: ...
     def abort(self) -> None: ...
     def doubt(self, why: str) -> None: ...
@@ -157,11 +157,10 @@ class ShardRelay:
 
     def _publish(self, rows: Sequence[OutboxRow]) -> None:
         self._sender.begin()
-        for row in rows:
-            self._sender.send(_record(row))
+        self._sender.send(map(_record, rows))
         if self._transactional:
             # Last, so that it cannot be in a transaction that holds fewer rows than it names.
-            self._sender.send(self._checkpoint(rows))
+            self._sender.send([self._checkpoint(rows)])
         events.emit("relay.produced", shard=self.claim.shard, rows=len(rows))
         self._sender.commit()
         events.emit("relay.committed", shard=self.claim.shard, rows=len(rows))
