@@ -47,6 +47,7 @@ class Ownership:
         self._stream = stream
         self._positions = positions
         self._connection = connection
+        connection.on_open = self._renew_all
         self._cluster = cluster
         self._owner = owner
         self._mark = mark
@@ -73,7 +74,6 @@ class Ownership:
                 wanted,
                 trouble,
             )
-            self._connection.discard()
             for partition in wanted:
                 self._wait(partition, clock.monotonic(), None)
             return dict.fromkeys(wanted)
@@ -105,6 +105,10 @@ class Ownership:
     def in_doubt(self) -> None:
         """The connection is gone, and with it the knowledge of where we stand: every claim must be renewed."""
         self._connection.discard()
+        self._renew_all()
+
+    def _renew_all(self) -> None:
+        # The rows name the backend of the old connection: a successor could not end the new one (ClientWrite).
         for partition, claim in tuple(self.claims.items()):
             self._wait(partition, clock.monotonic(), claim)
 

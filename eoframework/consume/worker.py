@@ -124,13 +124,11 @@ class ConsumeWorker:
         return bool(claimed) and claimed <= self._consumer.ended.keys() | set(self._blocked)
 
     def close(self) -> None:
-        """Commit the group's offsets, release the partitions, leave the group."""
+        """Release the partitions, commit the group's offsets, leave the group."""
         consumer, self._consumer = self._consumer, None
         if consumer is None:
             return
         try:
-            if self._uncommitted:
-                consumer.commit(_committable(self._uncommitted), wait=True)
             self._ownership.release()
         except Retryable as trouble:
             log.warning(
@@ -139,7 +137,7 @@ class ConsumeWorker:
                 trouble,
             )
         finally:
-            consumer.close()
+            consumer.close(_committable(self._uncommitted))
             self._connection.discard()
 
     # --- one step ---
@@ -245,7 +243,6 @@ class ConsumeWorker:
         """The database or Kafka is away: keep the membership by polling, and try again with growing pauses."""
         self._backoff = min(_LONGEST_BACKOFF, max(0.1, self._backoff * 2))
         log.warning("%s: %s Waiting %.1f s; nothing is lost", self.name, trouble, self._backoff)
-        self._connection.discard()
         self._ownership.postpone(self._backoff * clock.jitter(0.5, 1.0))
 
     # --- a message that fails ---

@@ -55,6 +55,8 @@ class WorkerConnection:
         self._database = database
         self._timeouts = timeouts.values()
         self._handler = handler
+        self.on_open: Callable[[], None] = lambda: None
+        """Called after a new connection was opened: whatever names the old one is out of date."""
         self._connection: Connection | None = None
         self._committing = self._rolled_back = False
 
@@ -103,6 +105,7 @@ class WorkerConnection:
             event.listen(connection, "rollback", self._note_rollback)
             event.listen(connection, "before_cursor_execute", self._guard_statement)
             self._connection = connection
+            self.on_open()
         return self._connection
 
     def _commit(self, transaction: RootTransaction) -> None:
