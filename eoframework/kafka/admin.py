@@ -139,14 +139,23 @@ class Admin:
         """How many brokers answer for the cluster now."""
         return len(self._ask_cluster(_TIMEOUT, None).nodes)
 
-    def describe(self, topic: str) -> TopicInfo:
-        """The topic as it is. Raises UnknownTopic, NotAuthorized."""
+    def describe(self, topic: str, *, settings_optional: bool = False) -> TopicInfo:
+        """The topic as it is. Raises UnknownTopic, NotAuthorized.
+
+        With `settings_optional`, a principal that may use the topic but not read its settings sees it without any.
+        """
         what = f"describing topic {topic}"
         futures = self._client.describe_topics(TopicCollection([topic]), request_timeout=_TIMEOUT)
         found = self._result(futures[topic], what, topic=topic)
         resource = ConfigResource(ResourceType.TOPIC, topic)
         configs = self._client.describe_configs([resource], request_timeout=_TIMEOUT)
-        entries = self._result(configs[resource], f"reading the settings of topic {topic}", topic=topic)
+        try:
+            entries = self._result(configs[resource], f"reading the settings of topic {topic}", topic=topic)
+        except NotAuthorized as error:
+            if not settings_optional:
+                raise
+            _log.debug("topic %s: %s", topic, error)
+            entries = {}
         own = int(ConfigSource.DYNAMIC_TOPIC_CONFIG.value)
         return TopicInfo(
             name=topic,

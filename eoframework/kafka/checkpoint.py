@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from eoframework.kafka.admin import Admin
 from eoframework.kafka.config import consumer_config
 from eoframework.kafka.faults import classify, kafka_error
 from eoframework.settings import Settings
+
+_log = logging.getLogger(__name__)
 
 _TIMEOUT = 15.0
 _FIRST_LOOK = 16
@@ -49,9 +52,15 @@ class CheckpointLog:
 
         Raises UnknownTopic, and ConfigurationError when the topic could lose a shard's last checkpoint.
         """
-        info = self._admin.describe(self.topic)
+        info = self._admin.describe(self.topic, settings_optional=True)
         policy = info.config.get("cleanup.policy")
-        if policy is not None and policy != "compact":
+        if policy is None:
+            _log.warning(
+                "may not read the settings of %s; that it keeps the relay's checkpoints (cleanup.policy=compact) is "
+                "not verified. Grant DESCRIBE_CONFIGS on it.",
+                self.topic,
+            )
+        elif policy != "compact":
             raise ConfigurationError(
                 f"checkpoint topic {self.topic} has cleanup.policy={policy}: Kafka would delete checkpoints by age.",
                 remedy=f"Set cleanup.policy=compact on {self.topic} (eo topics apply does it).",

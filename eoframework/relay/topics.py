@@ -43,7 +43,7 @@ class Topics:
         if known is not None and known.until > clock.monotonic():
             return None if known.refusal else known.limit
         try:
-            info = self._admin.describe(topic)
+            info = self._admin.describe(topic, settings_optional=True)
         except Retryable:
             raise
         except EoError as error:

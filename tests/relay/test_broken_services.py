@@ -208,20 +208,30 @@ def test_topic_that_may_not_be_written_waits_and_others_flow(own: Own, rig: Rig)
     forbidden = f"forbidden.{uuid.uuid4().hex[:8]}"
     Admin(rig.settings).create(forbidden, partitions=1, replicas=1, config={})
     client = AdminClient({"bootstrap.servers": rig.settings.require_bootstrap_servers()})
-    deny(client, forbidden)
+    deny(client, forbidden, AclOperation.WRITE)
     waiting = rig.publish(20, topic=forbidden)
     flowing = rig.publish(50)
     with rig.run_here():
         rig.wait_for(lambda: rig.left() == 20, what="the other topic's rows")
-        allow(client, forbidden)
+        allow(client, forbidden, AclOperation.WRITE)
         rig.wait_empty()
     rig.assert_published(flowing)
     rig.assert_published(waiting, forbidden)
     assert rig.sql("SELECT count(*) FROM eo.dead_letter") == [(0,)]
 
 
-def deny(client: AdminClient, topic: str) -> None:
-    principals = ("User:ANONYMOUS", "*", AclOperation.WRITE, AclPermissionType.DENY)
+def test_topic_whose_settings_may_not_be_read_is_written_all_the_same(own: Own, rig: Rig) -> None:
+    client = AdminClient({"bootstrap.servers": rig.settings.require_bootstrap_servers()})
+    for topic in (rig.topic, rig.checkpoint_topic):
+        deny(client, topic, AclOperation.DESCRIBE_CONFIGS)
+    messages = rig.publish(20)
+    with rig.run_here(once=True) as relay:
+        assert relay.ended() == 0
+    rig.assert_published(messages)
+
+
+def deny(client: AdminClient, topic: str, operation: AclOperation) -> None:
+    principals = ("User:ANONYMOUS", "*", operation, AclPermissionType.DENY)
     # A topic with an ACL is closed to everybody it does not name: reading stays allowed.
     others = ("User:ANONYMOUS", "*", AclOperation.ALL, AclPermissionType.ALLOW)
     bindings = [
@@ -231,9 +241,9 @@ def deny(client: AdminClient, topic: str) -> None:
         future.result(10)
 
 
-def allow(client: AdminClient, topic: str) -> None:
+def allow(client: AdminClient, topic: str, operation: AclOperation) -> None:
     everything = AclBindingFilter(
-        ResourceType.TOPIC, topic, ResourcePatternType.LITERAL, None, None, AclOperation.WRITE, AclPermissionType.DENY
+        ResourceType.TOPIC, topic, ResourcePatternType.LITERAL, None, None, operation, AclPermissionType.DENY
     )
     for future in client.delete_acls([everything]).values():
         future.result(10)
