@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import operator
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -20,6 +21,7 @@ from eoframework.kafka.faults import classify, kafka_error
 from eoframework.message import Headers, Record
 
 log = logging.getLogger(__name__)
+_client_log = logging.getLogger("eoframework.kafka.client")
 
 _MARK = "eo:"
 
@@ -35,6 +37,7 @@ _NO_PERMISSION = frozenset(
 
 _LOG_IS_NOT_WHAT_IT_WAS = frozenset({KafkaError._AUTO_OFFSET_RESET, KafkaError._LOG_TRUNCATION})
 _NOT_STARTED = frozenset({KafkaError._STATE, KafkaError._PREV_IN_PROGRESS})
+_FAREWELL_SECONDS = 5.0
 _SEEK_ATTEMPTS = 500
 _SEEK_PAUSE = 0.01
 
@@ -238,8 +241,23 @@ class GroupConsumer:
     def _marked(self, partition: int, offset: int, epoch: int) -> TopicPartition:
         return TopicPartition(self._topic, partition, offset, metadata=offset_mark(epoch))
 
-    def close(self) -> None:
-        """Leave the group."""
+    def close(self, offsets: Mapping[int, tuple[int, int]]) -> None:
+        """Commit these and leave the group; without a goodbye if Kafka does not answer within 5 s."""
+        # While the coordinator is away a commit waits 45 s, and so do closing and even dropping a client that has one
+        # under way: longer than an orchestrator waits after SIGTERM. A daemon thread may be left behind inside it.
+        farewell = threading.Thread(target=self._leave, args=(offsets,), name="leaving the group", daemon=True)
+        farewell.start()
+        farewell.join(_FAREWELL_SECONDS)
+        if farewell.is_alive():
+            log.warning(
+                "left the group of %s without a goodbye: Kafka does not answer; nothing is lost, the group gives our "
+                "partitions to others after its session timeout",
+                self._topic,
+            )
+
+    def _leave(self, offsets: Mapping[int, tuple[int, int]]) -> None:
+        if offsets:
+            self.commit(offsets, wait=True)
         self._consumer.close()
 
     # --- callbacks: inside fetch and close; they never raise ---
@@ -356,7 +374,8 @@ def _is_incremental(config: dict[str, Any]) -> bool:
 
 
 def _log_error(error: KafkaError) -> None:
-    log.warning("kafka: %s; nothing is lost, the client reconnects by itself", error.str())
+    # Its logger drops repetitions: seen, 900 of these within a second, about an outage that was over.
+    _client_log.warning("kafka: %s; nothing is lost, the client reconnects by itself", error.str())
 
 
 def _log_commit(error: KafkaError | None, _offsets: list[TopicPartition]) -> None:
