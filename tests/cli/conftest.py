@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import text
 
+from eoframework.checkpoint import checkpoint_topic
 from eoframework.db.session import Database
 from eoframework.kafka.admin import Admin
 from eoframework.settings import Settings, environment
@@ -96,6 +97,11 @@ def bare_shell(database: Database, settings: Settings, tmp_path: Path) -> Iterat
 
 @pytest.fixture
 def shell(bare_shell: Shell) -> Shell:
-    """A shell whose app's topics exist."""
-    bare_shell.run("topics", "apply", APP)
+    """A shell whose app's topics exist, made without `eo topics apply`: a process less for most tests."""
+    with bare_shell.database.engine.connect() as connection:
+        outbox_id = connection.scalar(text("SELECT id FROM eo.outbox"))
+    admin = bare_shell.admin
+    admin.create(bare_shell.orders, partitions=2, replicas=1, config={})
+    admin.create(f"shop.booked.{bare_shell.suffix}", partitions=1, replicas=1, config={})
+    admin.create(checkpoint_topic(outbox_id), partitions=4, replicas=1, config={"cleanup.policy": "compact"})
     return bare_shell

@@ -21,7 +21,9 @@ def test_plan_changes_nothing_and_apply_makes_it_so(bare_shell: Shell) -> None:
     assert "nothing to do" in bare_shell.run("topics", "apply", APP).stdout
 
 
-def test_what_was_made(shell: Shell) -> None:
+def test_what_was_made(bare_shell: Shell) -> None:
+    shell = bare_shell
+    shell.run("topics", "apply", APP)
     with shell.database.engine.connect() as connection:
         outbox_id = connection.scalar(text("SELECT id FROM eo.outbox"))
     orders = shell.admin.describe(shell.orders)
