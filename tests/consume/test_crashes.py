@@ -16,8 +16,6 @@ from tests.consume.scene import Scene, open_scene
 POINTS = [
     f"{point}:{hit}" for point in ("kafka.polled", "consume.handled", "db.committing", "db.committed") for hit in (1, 4)
 ]
-# The registration and each of the two claims commit too.
-EARLIER_COMMITS = 3
 
 
 @dataclass
@@ -38,17 +36,12 @@ def crashed(services: Addresses, template: str, tmp_path_factory: pytest.TempPat
         scenes = {p: stack.enter_context(open_scene(services, template, nursery, directory)) for p in POINTS}
         for scene in scenes.values():
             scene.send(60)
-        victims = [scene.spawn(CRASH_AT=_hit(point), EO_MAX_BATCH="7") for point, scene in scenes.items()]
+        victims = [scene.spawn(CRASH_AT=point, EO_MAX_BATCH="7") for point, scene in scenes.items()]
         deaths = [victim.wait() for victim in victims]
         booked = [scene.count_booked() for scene in scenes.values()]
         successors = [scene.spawn("--once", EO_MAX_BATCH="7") for scene in scenes.values()]
         ends = [successor.wait() for successor in successors]
         yield dict(zip(scenes, map(Crash, scenes.values(), deaths, booked, ends), strict=True))
-
-
-def _hit(point: str) -> str:
-    name, _, hit = point.partition(":")
-    return f"{name}:{int(hit) + EARLIER_COMMITS}" if name.startswith("db.") else point
 
 
 @pytest.mark.parametrize("point", POINTS)

@@ -15,11 +15,10 @@ from tests.consume.nursery import Forked, Nursery
 from tests.consume.scene import Scene, open_scene
 from tests.processes import eventually
 
-# The registration and the claim commit before the batches do.
 FREEZE_AT = {
     "with records in hand": "kafka.polled:2",
     "inside the transaction": "consume.handled:2",
-    "at COMMIT": "db.committing:4",
+    "at COMMIT": "db.committing:2",
     "before its claim": "consume.claiming:1",
 }
 IN_TRANSACTION = ("inside the transaction", "at COMMIT")
