@@ -96,15 +96,11 @@ class Executor:
         outcome = self._run(batch, deadline) if runnable else Outcome()
         if outcome.failed and len(runnable) > 1:
             outcome = self._one_by_one(batch, deadline)
-        for partition, failure in undecodable.items():
-            at_failure = outcome.moved.get(partition, claims[partition].next_offset) <= failure.record.offset
-            if (
-                at_failure
-                and partition not in outcome.failed
-                and outcome.trouble is None
-                and self._reached(failure, runnable, outcome)
-            ):
-                outcome.failed[partition] = failure
+        if outcome.trouble is None:
+            ends = batch.ends
+            # Only once nothing before it is left: until then its partition has other work to do.
+            reached = {p: failure for p, failure in undecodable.items() if outcome.moved.get(p) == ends.get(p)}
+            outcome.failed.update(reached)
         return outcome
 
     def _decode(self, record: Record) -> Delivery:
@@ -114,11 +110,6 @@ class Executor:
             return Delivery(record, self._handler.topic.decode(record))
         except Exception as error:  # noqa: BLE001 - a codec may raise anything; it is this record's failure alone
             return Delivery(record, None, error)
-
-    @staticmethod
-    def _reached(failure: Failure, runnable: Sequence[Delivery], outcome: Outcome) -> bool:
-        before = [d.record.offset for d in runnable if d.record.partition == failure.record.partition]
-        return not before or outcome.moved.get(failure.record.partition, -1) > before[-1]
 
     # --- 2. one transaction ---
 

@@ -65,9 +65,9 @@ class ConsumeWorker:
         self._blocked: dict[int, Failure] = {}
         self._uncommitted: dict[int, Claim] = {}
         self._next_commit = self._next_check = self._next_warning = 0.0
-        self._pause = Backoff(longest=_LONGEST_BACKOFF)
+        self._rerun_pause = Backoff(longest=_LONGEST_BACKOFF)
+        self._outage_pause = Backoff(longest=_LONGEST_BACKOFF)
         self._topic_asked: Callable[[], None] = lambda: None
-        self._backoff = 0.0
         self._consumer: GroupConsumer | None = None
         self._once = once
         self._draining = stop or threading.Event()
@@ -178,7 +178,7 @@ class ConsumeWorker:
             except Retryable as trouble:
                 self._outage(trouble)
                 return
-            self._backoff = 0.0
+            self._outage_pause.reset()
             if claim is not None:
                 self._uncommitted[partition] = claim
                 self._blocked.pop(partition, None)
@@ -192,7 +192,7 @@ class ConsumeWorker:
             self._ownership.claims[partition] = self._ownership.claims[partition].moved(next_offset)
             self._uncommitted[partition] = self._ownership.claims[partition]
         if outcome.moved:
-            self._pause.reset()
+            self._rerun_pause.reset()
             self._grow()
         if outcome.fenced:
             self._give_way(consumer, outcome.fenced)
@@ -233,7 +233,7 @@ class ConsumeWorker:
         log.warning(
             "%s: %s The batch was rolled back and runs again, %d messages at a time", self.name, trouble, self._limit
         )
-        clock.wait(self._draining, self._pause.next())
+        clock.wait(self._draining, self._rerun_pause.next())
 
     def _grow(self) -> None:
         if self._limit < self._largest:
@@ -241,9 +241,9 @@ class ConsumeWorker:
 
     def _outage(self, trouble: Retryable) -> None:
         """The database or Kafka is away: keep the membership by polling, and try again with growing pauses."""
-        self._backoff = min(_LONGEST_BACKOFF, max(0.1, self._backoff * 2))
-        log.warning("%s: %s Waiting %.1f s; nothing is lost", self.name, trouble, self._backoff)
-        self._ownership.postpone(self._backoff * clock.jitter(0.5, 1.0))
+        pause = self._outage_pause.next()
+        log.warning("%s: %s Waiting %.1f s; nothing is lost", self.name, trouble, pause)
+        self._ownership.postpone(pause)
 
     # --- a message that fails ---
 
