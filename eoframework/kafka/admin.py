@@ -172,7 +172,7 @@ class Admin:
 
     def ask_topic_id(self, topic: str) -> Callable[[], UUID]:
         """As `topic_id`: the question is asked now, the answer taken later by calling what is returned."""
-        future = self._client.describe_topics(TopicCollection([topic]), request_timeout=_TIMEOUT)[topic]
+        future = self._client.describe_topics(TopicCollection([topic]), request_timeout=_PROBE_TIMEOUT)[topic]
         return lambda: _uuid(self._result(future, f"asking the id of topic {topic}", topic=topic).topic_id)
 
     def existing(self, topics: Iterable[str]) -> dict[str, TopicInfo]:
@@ -280,7 +280,17 @@ class Admin:
         except KafkaException as error:
             if ignore is not None and kafka_error(error).code() == ignore:
                 return None
+            if kafka_error(error).code() == KafkaError._TIMED_OUT:
+                self._look_around()
             raise self._classified(kafka_error(error), what, topic) from error
+
+    def _look_around(self) -> None:
+        # A broker that was frozen says for a moment that there is no controller. The client believes it until it next
+        # asks for metadata, minutes later, and every question meanwhile waits for a controller until it times out.
+        try:
+            self._client.list_topics(timeout=_PROBE_TIMEOUT)
+        except KafkaException as error:
+            _log.debug("Kafka at %s: %s; asked again with the next question.", self._servers, kafka_error(error).str())
 
     def _classified(self, error: KafkaError, what: str, topic: str | None) -> EoError:
         if topic is not None and error.code() in _UNKNOWN:

@@ -98,6 +98,9 @@ def _base(settings: Settings, client_id: str, own_keys: frozenset[str]) -> dict[
         "socket.keepalive.enable": True,
         # Waits between connection attempts grew to 8 s at librdkafka's default of 10 s: long after the broker was back.
         "reconnect.backoff.max.ms": 1000,
+        # A cluster whose only broker has just been restarted, or was frozen, says for a moment that it has no brokers.
+        # The client then drops its connections and begins again at the bootstrap servers, by default 5 minutes later.
+        "metadata.recovery.rebootstrap.trigger.ms": 3000,
     }
     config |= {key: value for key, value in settings.kafka.items() if key in accepted}
     return config | {
