@@ -137,9 +137,9 @@ def run_workers(
     return [*workers, PruneWorker(ready.database, ready.settings)]
 
 
-def relay_workers(ready: Ready) -> list[Worker]:
-    """What `eo relay` runs."""
-    return [RelayWorker(ready.database, ready.settings, admin=ready.admin)]
+def relay_workers(ready: Ready, *, shards: Collection[int] | None = None) -> list[Worker]:
+    """What `eo relay` runs; `shards` pins it to some of them."""
+    return [RelayWorker(ready.database, ready.settings, admin=ready.admin, only=shards)]
 
 
 def log_run_banner(ready: Ready, handlers: Collection[Handler]) -> None:

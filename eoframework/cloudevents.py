@@ -5,6 +5,7 @@ Source: CloudEvents 1.0.2 and its Kafka protocol binding, "binary content mode".
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, datetime
 from uuid import UUID
 
@@ -13,6 +14,7 @@ from eoframework.message import Headers, parse_id
 MESSAGE_ID = "message-id"
 RESERVED = frozenset({MESSAGE_ID, "content-type"})
 RESERVED_PREFIX = "ce_"
+_TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 MAX_ID_BYTES = 1024
 MAX_HEADERS = 1000
@@ -88,3 +90,11 @@ def _is_canonical(text: str) -> bool:
         return str(UUID(text)) == text
     except ValueError:
         return False
+
+
+def traceparent_of(headers: Headers) -> str | None:
+    """The trace context a message came with; a malformed one is as good as none. Source: W3C Trace Context, 3.2."""
+    for name, value in headers:
+        if name.lower() == "traceparent" and value is not None and _TRACEPARENT.fullmatch(value):
+            return value.decode()
+    return None

@@ -76,6 +76,8 @@ class OutboxMessage:
     headers: Headers = ()
     deliver_at: datetime | None = None
     ordered: bool = True
+    traceparent: str | None = None
+    """W3C trace context of the message this one follows from."""
 
 
 class Source(NamedTuple):

@@ -142,6 +142,7 @@ class Topic(Generic[T]):
         delay: timedelta | float | None = None,
         deliver_at: datetime | None = None,
         default_id: UUID | None = None,
+        traceparent: str | None = None,
     ) -> OutboxMessage:
         """The outbox message for a payload: its id is `id`, else the topic's id of the payload, else `default_id`,
         else a new one.
@@ -160,6 +161,7 @@ class Topic(Generic[T]):
             headers=parts.headers(headers, self.name),
             deliver_at=parts.due(delay, deliver_at, self.name),
             ordered=self.ordered,
+            traceparent=traceparent,
         )
         self._check_size(message)
         return message

@@ -9,6 +9,7 @@ from uuid import UUID
 from sqlalchemy.orm import Session
 from typing_extensions import TypeVar
 
+from eoframework.cloudevents import traceparent_of
 from eoframework.db.savepoints import SessionBuffer
 from eoframework.errors import HandlerMisuse
 from eoframework.message import Message, OutboxMessage, Source, derived_id
@@ -76,6 +77,7 @@ class Tx:
             delay=delay,
             deliver_at=deliver_at,
             default_id=self._derived_id(cause),
+            traceparent=self._trace(cause),
         )
         self._buffer.add(message)
 
@@ -96,6 +98,10 @@ class Tx:
     def take_outbox(self) -> list[OutboxMessage]:
         """What the handler published and did not roll back, in its order."""
         return [pending.message for pending in self._buffer.take()]
+
+    def _trace(self, cause: Message[object] | None) -> str | None:
+        about = cause or self._message
+        return None if about is None else traceparent_of(about.headers)
 
     def _derived_id(self, cause: Message[object] | None) -> UUID | None:
         about = cause or self._message

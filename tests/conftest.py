@@ -55,6 +55,7 @@ def database_url(services: Addresses, template: str) -> Iterator[str]:
     """The URL of a fresh migrated database."""
     source = make_url(template).database
     with database_named(services, f"eo_test_{uuid.uuid4().hex[:12]}", source=source) as url:
+        mint_outbox(url)
         yield url
 
 
@@ -93,6 +94,14 @@ def make_topic(settings: Settings) -> MakeTopic:
 def topic_name(make_topic: MakeTopic) -> str:
     """A fresh topic with one partition."""
     return make_topic()
+
+
+def mint_outbox(url: str) -> None:
+    """Copies of one template share the outbox's identity; the relays of two tests would fence each other."""
+    engine = create_engine(url)
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE eo.outbox SET id = gen_random_uuid()"))
+    engine.dispose()
 
 
 class database_named:  # noqa: N801 - used as a context manager, reads as a function

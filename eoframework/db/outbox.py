@@ -17,12 +17,15 @@ from eoframework.schema import Schema
 # The shard is computed by the statement that inserts, from the count of this very moment: a count remembered by a
 # long-lived writer would send a key to a shard that no longer owns it.
 _INSERT: Final = """
-    INSERT INTO {eo}.{table} (id, shard, topic, key, type, source, content_type, payload, headers{extra_column})
+    INSERT INTO {eo}.{table} (id, shard, topic, key, type, source, content_type, payload, headers,
+                              traceparent{extra_column})
     SELECT m.id, mod(m.hash, (SELECT shards FROM {eo}.outbox))::smallint, m.topic, m.key, m.type, m.source,
-           m.content_type, m.payload, m.headers::json{extra_value}
+           m.content_type, m.payload, m.headers::json, m.traceparent{extra_value}
       FROM unnest(%(id)s::uuid[], %(hash)s::bigint[], %(topic)s::text[], %(key)s::bytea[], %(type)s::text[],
-                  %(source)s::text[], %(content_type)s::text[], %(payload)s::bytea[], %(headers)s::text[]{extra_array})
-           WITH ORDINALITY AS m(id, hash, topic, key, type, source, content_type, payload, headers{extra_name}, place)
+                  %(source)s::text[], %(content_type)s::text[], %(payload)s::bytea[], %(headers)s::text[],
+                  %(traceparent)s::text[]{extra_array})
+           WITH ORDINALITY AS m(id, hash, topic, key, type, source, content_type, payload, headers,
+                                traceparent{extra_name}, place)
      ORDER BY m.place"""
 
 
@@ -125,4 +128,5 @@ def _columns(messages: Sequence[OutboxMessage]) -> dict[str, object]:
         "content_type": [m.content_type for m in messages],
         "payload": [m.payload for m in messages],
         "headers": [encode_headers(m.headers) for m in messages],
+        "traceparent": [m.traceparent for m in messages],
     }

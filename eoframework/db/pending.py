@@ -167,12 +167,13 @@ class PendingRows:
             )
             return int(found.scalar_one())
 
-    def any_left(self, *, up_to: int, paused: Iterable[str]) -> bool:
-        """Whether a row with `seq` up to this one still waits, paused topics aside."""
+    def any_left(self, *, up_to: int, paused: Iterable[str], among: Iterable[int]) -> bool:
+        """Whether a row of these shards with `seq` up to this one still waits, paused topics aside."""
         statement = """
             SELECT EXISTS (SELECT FROM {eo}.outbox_message
-                            WHERE seq <= %(seq)s AND topic <> ALL (%(paused)s::text[]))"""
-        values = {"seq": up_to, "paused": list(paused)}
+                            WHERE shard = ANY (%(among)s::smallint[]) AND seq <= %(seq)s
+                              AND topic <> ALL (%(paused)s::text[]))"""
+        values = {"seq": up_to, "paused": list(paused), "among": list(among)}
         with self._shards.single("looking for what is left in the outbox") as connection:
             return bool(connection.exec_driver_sql(self._shards.sql(statement), values).scalar_one())
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from uuid import UUID
@@ -77,17 +77,12 @@ class Shards:
             found = connection.exec_driver_sql(self.sql(statement)).all()
         return {row[0]: ShardState(*row[1:]) for row in found}
 
-    def heartbeat(self, owner: str) -> Standing:
-        """Say that `owner` lives, renew its leases, and look around."""
+    def heartbeat(self, owner: str, *, sharing: bool = True) -> Standing:
+        """Say that `owner` lives, renew its leases, and look around; without `sharing` it counts for no one's share."""
         values = {"owner": owner, "lease": self._lease}
         with self.writing("relay heartbeat") as connection:
-            connection.exec_driver_sql(
-                self.sql("""
-                    INSERT INTO {eo}.relay_member (owner, lease_until)
-                    VALUES (%(owner)s, clock_timestamp() + make_interval(secs => %(lease)s))
-                    ON CONFLICT (owner) DO UPDATE SET lease_until = excluded.lease_until"""),
-                values,
-            )
+            if sharing:
+                self._sign_on(connection, values)
             mine = connection.exec_driver_sql(
                 self.sql("""
                     UPDATE {eo}.relay_shard SET lease_until = clock_timestamp() + make_interval(secs => %(lease)s)
@@ -107,7 +102,16 @@ class Shards:
             )
         return Standing(members, shards, {row[0]: row[1] for row in mine})
 
-    def acquire(self, owner: str, *, limit: int) -> list[Claim]:
+    def _sign_on(self, connection: Connection, values: dict[str, object]) -> None:
+        connection.exec_driver_sql(
+            self.sql("""
+                INSERT INTO {eo}.relay_member (owner, lease_until)
+                VALUES (%(owner)s, clock_timestamp() + make_interval(secs => %(lease)s))
+                ON CONFLICT (owner) DO UPDATE SET lease_until = excluded.lease_until"""),
+            values,
+        )
+
+    def acquire(self, owner: str, *, limit: int, among: Collection[int]) -> list[Claim]:
         """Take up to `limit` shards that nobody owns or whose lease has run out; each gets its next epoch.
 
         From the COMMIT on, no transaction of an earlier owner that compares its epoch can change anything.
@@ -119,10 +123,11 @@ class Shards:
                SET owner = %(owner)s, epoch = epoch + 1,
                    lease_until = clock_timestamp() + make_interval(secs => %(lease)s)
              WHERE shard IN (SELECT shard FROM {eo}.relay_shard
-                              WHERE owner IS NULL OR lease_until < clock_timestamp()
+                              WHERE (owner IS NULL OR lease_until < clock_timestamp())
+                                AND shard = ANY (%(among)s::smallint[])
                               ORDER BY shard LIMIT %(limit)s FOR UPDATE SKIP LOCKED)
             RETURNING shard, epoch"""
-        values = {"owner": owner, "lease": self._lease, "limit": limit}
+        values = {"owner": owner, "lease": self._lease, "limit": limit, "among": list(among)}
         with self.writing("taking relay shards") as connection:
             taken = connection.exec_driver_sql(self.sql(statement), values).all()
         return [Claim(shard, epoch, owner) for shard, epoch in sorted(tuple(row) for row in taken)]

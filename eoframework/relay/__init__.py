@@ -1,4 +1,4 @@
-"""From the outbox to Kafka. The life of one row is in `shard`, who owns which shard in `worker`."""
+"""From the outbox to Kafka. The life of one row is in `relay`, who owns which shard in `worker`."""
 
 from eoframework.relay.worker import RelayWorker
 

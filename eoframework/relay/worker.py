@@ -8,16 +8,17 @@ import os
 import secrets
 import socket
 import threading
+from collections.abc import Collection
 
 from eoframework import clock, events
 from eoframework.db.pending import PendingRows
 from eoframework.db.session import Database
 from eoframework.db.shards import Claim, Shards, Standing
-from eoframework.errors import Fenced, Retryable
+from eoframework.errors import ConfigurationError, Fenced, Retryable
 from eoframework.kafka.admin import Admin
 from eoframework.kafka.checkpoint import CheckpointLog
 from eoframework.relay.recovery import find_place
-from eoframework.relay.shard import ShardRelay, Surroundings
+from eoframework.relay.relay import ShardRelay, Surroundings
 from eoframework.relay.topics import Topics
 from eoframework.settings import Settings
 
@@ -39,12 +40,21 @@ class RelayWorker:
 
     name = "relay"
 
-    def __init__(self, database: Database, settings: Settings, *, admin: Admin | None = None) -> None:
+    def __init__(
+        self,
+        database: Database,
+        settings: Settings,
+        *,
+        admin: Admin | None = None,
+        only: Collection[int] | None = None,
+    ) -> None:
+        """`only` pins this relay to some shards: it takes no others, and has no part in the sharing."""
         self._settings = settings
         self._admin = admin or Admin(settings)
         self._shards = Shards(database, settings)
         self._rows = PendingRows(self._shards)
         self._owner = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
+        self._only = None if only is None else frozenset(only)
         self._around: Surroundings | None = None
         self._running: dict[int, _ShardThread] = {}
         self._beat_at = 0.0
@@ -57,6 +67,7 @@ class RelayWorker:
         Raises ConfigurationError (no checkpoint topic), FailClosed (another cluster, a lost checkpoint topic).
         """
         outbox_id, shard_count = self._shards.outbox()
+        self._refuse_unknown_shards(shard_count)
         checkpoints = CheckpointLog(self._settings, self._admin, outbox_id)
         if self._settings.relay_mode == "transactional":
             find_place(checkpoints, self._shards.states(), shard_count=shard_count)
@@ -76,7 +87,7 @@ class RelayWorker:
         self._reap()
         now = clock.monotonic()
         if now >= self._beat_at:
-            self._balance(self._shards.heartbeat(self._owner))
+            self._balance(self._shards.heartbeat(self._owner, sharing=self._only is None))
             self._beat_at = now + self._settings.relay_lease / 5
             self._watch_snapshots(now)
         return _WATCH
@@ -87,7 +98,7 @@ class RelayWorker:
             if self._drain_to is None:
                 self._drain_to = self._due_and_last()
             paused = self._topics().paused()
-            left = self._rows.any_left(up_to=self._drain_to, paused=paused)
+            left = self._rows.any_left(up_to=self._drain_to, paused=paused, among=self._mine())
         except Retryable as error:
             _log.debug("cannot tell yet whether the outbox is drained: %s", error)
             return False
@@ -118,11 +129,12 @@ class RelayWorker:
             if shard not in self._running:
                 # Left over from a release that failed: nobody works on it, and our heartbeat keeps others away.
                 self._shards.release(Claim(shard, epoch, self._owner))
-        share = math.ceil(standing.shards / max(standing.members, 1))
+        among = self._mine()
+        share = math.ceil(standing.shards / max(standing.members, 1)) if self._only is None else len(among)
         for shard in sorted(self._running)[share:]:
             self._running[shard].stop()
         if len(self._running) < share:
-            for claim in self._shards.acquire(self._owner, limit=share - len(self._running)):
+            for claim in self._shards.acquire(self._owner, limit=share - len(self._running), among=among):
                 self._take(claim)
 
     def _take(self, claim: Claim) -> None:
@@ -157,6 +169,19 @@ class RelayWorker:
             while self._rows.move_due(shard, limit=self._settings.relay_batch):
                 continue
         return self._rows.last_seq()
+
+    def _mine(self) -> Collection[int]:
+        """The shards this relay may take."""
+        assert self._around is not None
+        return range(self._around.shard_count) if self._only is None else self._only
+
+    def _refuse_unknown_shards(self, shard_count: int) -> None:
+        unknown = sorted((self._only or frozenset()) - set(range(shard_count)))
+        if unknown:
+            raise ConfigurationError(
+                f"--shards names {', '.join(map(str, unknown))}; this outbox has shards 0 to {shard_count - 1}.",
+                remedy="Name those, or leave --shards out: then relays share all of them.",
+            )
 
     def _topics(self) -> Topics:
         assert self._around is not None

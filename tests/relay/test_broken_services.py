@@ -172,7 +172,7 @@ def test_server_stopped_at_once_and_restarted_under_load(own: Own, rig: Rig) -> 
 def test_rows_wait_for_the_standby_before_they_are_published(own: Own, rig: Rig) -> None:
     """A row that is visible but not yet on the standby may be lost by a failover: it must not be in Kafka then.
 
-    Seen to fail (published while the standby was away) without `settle_on_standby` in relay/shard.py.
+    Seen to fail (published while the standby was away) without `settle_on_standby` in relay/relay.py.
     """
     # No heartbeat falls into the test: its COMMIT would wait for the standby too.
     with rig.run_here(relay_lease=120.0):

@@ -45,7 +45,7 @@ FROZEN_AT = {
 def test_frozen_relay_that_wakes_late_changes_nothing(rig: Rig, point: str) -> None:
     """Seen to fail (40 doubled in each case but the last) with a transactional.id of the process's own in
 
-    relay/shard.py `_transactions`; and "inside the delete's transaction" (the successor waits for the zombie's locks
+    relay/relay.py `_transactions`; and "inside the delete's transaction" (the successor waits for the zombie's locks
     for ever) without `idle_in_transaction_session_timeout` in db/shards.py `writing`.
     """
     messages = rig.publish(200)
@@ -66,7 +66,7 @@ def test_frozen_relay_that_wakes_late_changes_nothing(rig: Rig, point: str) -> N
 def test_frozen_while_its_producer_is_replaced(rig: Rig) -> None:
     """A relay that wakes up inside `init_transactions()` fences its successor; it must not publish what that one has.
 
-    Seen to fail with `make_ready()` moved behind `_select()` in relay/shard.py `_round`: the woken relay publishes an
+    Seen to fail with `make_ready()` moved behind `_select()` in relay/relay.py `_round`: the woken relay publishes an
     old batch again, and its successor stops at that batch's checkpoint.
     """
     messages = rig.publish(200, keys=1)

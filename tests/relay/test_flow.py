@@ -127,7 +127,7 @@ def test_idempotent_mode_publishes_everything_at_least_once(rig: Rig) -> None:
 
 
 def test_idempotent_mode_first_settles_what_transactions_left(rig: Rig) -> None:
-    """Seen to fail (doubled) without `_settle_earlier_transactions` in relay/shard.py."""
+    """Seen to fail (doubled) without `_settle_earlier_transactions` in relay/relay.py."""
     messages = rig.publish(40, keys=1)
     victim = rig.start(die_at="kafka.transaction.committed")
     assert victim.wait() < 0

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import signal
+import threading
 
+import pytest
+
+from eoframework import lifecycle
+from eoframework.errors import ConfigurationError
+from eoframework.relay import RelayWorker
 from tests.relay.rig import SHARDS, Rig
 
 
@@ -33,3 +39,13 @@ def test_a_relay_that_leaves_gives_its_shards_back_at_once(rig: Rig) -> None:
     rig.wait_empty(within=30)
     assert rig.sql("SELECT count(*) FROM eo.relay_member") == [(1,)]
     rig.assert_published(messages)
+
+
+def test_a_pinned_relay_takes_its_shards_and_no_others(rig: Rig) -> None:
+    rig.publish(200, keys=40)
+    settings = rig.settings
+    assert lifecycle.run([RelayWorker(rig.database, settings, only={1, 2})], stop=threading.Event(), once=True) == 0
+    assert {row[0] for row in rig.sql("SELECT DISTINCT shard FROM eo.outbox_message")} == {0, 3}
+    assert rig.sql("SELECT count(*) FROM eo.relay_member") == [(0,)], "it has no part in the sharing"
+    with pytest.raises(ConfigurationError, match="shards 0 to 3"):
+        RelayWorker(rig.database, settings, only={4}).start()

@@ -16,7 +16,7 @@ def dead(rig: Rig) -> list[tuple[object, ...]]:
 
 
 def test_one_large_row_among_small_ones(rig: Rig, make_topic: MakeTopic) -> None:
-    """Seen to fail (31 of 31 in the dead letters) with `elif len(rows) > 1` in relay/shard.py `_set_aside` removed."""
+    """Seen to fail (31 of 31 in the dead letters) with `elif len(rows) > 1` in relay/relay.py `_set_aside` removed."""
     narrow = make_topic("narrow", config={"max.message.bytes": "4000"})
     small = rig.publish(15, topic=narrow, keys=3)
     (large,) = rig.publish(1, topic=narrow, keys=3, size=20_000)
