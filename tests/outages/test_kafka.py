@@ -7,6 +7,7 @@ import threading
 
 from tests.consume.nursery import Forked
 from tests.outages.conftest import SESSION_TIMEOUT_MS, Scene
+from tests.processes import eventually
 
 
 def drained(*processes: Forked) -> None:
@@ -31,6 +32,9 @@ def test_broker_killed_and_restarted_under_load(scene: Scene) -> None:
 
 
 def test_broker_frozen_longer_than_the_session_timeout(scene: Scene) -> None:
+    """Seen to fail, in one of three runs, with `metadata.recovery.rebootstrap.trigger.ms` taken out of
+    kafka/config.py: the broker says for a moment that there are no brokers, and nothing moves for 5 minutes.
+    """
     worker = scene.spawn()
     sending = scene.send(1000, over=3)
     scene.reach(100, worker)
@@ -43,14 +47,31 @@ def test_broker_frozen_longer_than_the_session_timeout(scene: Scene) -> None:
     drained(worker)
 
 
+def test_started_while_the_broker_is_away(scene: Scene) -> None:
+    scene.send(50).join()
+    scene.own.kafka.kill()
+    try:
+        worker = scene.spawn()
+        eventually(lambda: "waiting for it" in worker.output(), "it says that it waits", log=worker.log)
+    finally:
+        scene.own.kafka.start()
+    scene.reach(50, worker)
+    drained(worker)
+
+
 def test_stopped_while_the_broker_is_away(scene: Scene) -> None:
-    """Everything is in the database; nobody has to wait for the broker to leave."""
+    """Everything is in the database; nobody has to wait for the broker to leave. Seen to fail with the offsets
+    committed and the client closed on the worker's own thread (GroupConsumer.close): it takes 45 s.
+    """
     worker = scene.spawn()
     scene.send(200).join()
     scene.reach(200, worker)
     scene.own.kafka.kill()
     try:
-        drained(worker)
+        worker.signal(signal.SIGTERM)
+        said = "left the group"
+        eventually(lambda: said in worker.output(), "it leaves without a goodbye", seconds=20, log=worker.log)
+        assert worker.wait() == 0, worker.output()
     finally:
         scene.own.kafka.start()
     worker = scene.spawn()
