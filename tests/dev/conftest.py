@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -26,6 +27,8 @@ def eo_dev(*arguments: str | Path, start_new_session: bool = False) -> subproces
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=start_new_session,
+        # A run started in the background by a shell ignores SIGINT, and its children would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - no threads before exec
     )
 
 

@@ -111,7 +111,8 @@ def test_delayed_message_comes_when_due_and_not_before(rig: Rig) -> None:
         rig.insert(connection, [due, not_due])
     prompt = rig.publish(10, keys=1)
     with rig.run_here():
-        rig.wait_for(lambda: len(rig.read()) == 11, what="the delayed message")
+        rig.wait_for(lambda: rig.sql("SELECT count(*) FROM eo.delayed_message") == [(1,)], what="one to be due")
+        rig.wait_empty()
     rig.assert_published([*prompt, due])
     *_, last = raw_records(rig.settings, rig.topic)
     assert last.timestamp()[1] >= int(soon.timestamp() * 1000)
