@@ -163,7 +163,7 @@ class KafkaBroker:
     def _format(self, program: Path) -> None:
         # Whatever an interrupted format left is no data of anybody's.
         shutil.rmtree(self._data, ignore_errors=True)
-        self._state.cluster_id = base64.urlsafe_b64encode(uuid.uuid4().bytes).rstrip(b"=").decode()
+        self._state.cluster_id = _cluster_id()
         self._write_properties()
         logs.mark(self.log)
         arguments = ["format", "--standalone", "-t", self._state.cluster_id, "-c", str(self._properties_file)]
@@ -221,6 +221,14 @@ class KafkaBroker:
             f"Kafka was not ready within {_START_SECONDS:.0f} s: {last or logs.decisive_line(self.log)}",
             remedy=f"Its log is {self.log}.",
         )
+
+
+def _cluster_id() -> str:
+    while True:
+        made = base64.urlsafe_b64encode(uuid.uuid4().bytes).rstrip(b"=").decode()
+        # One in 64 would be taken for an option of the storage tool.
+        if not made.startswith("-"):
+            return made
 
 
 def server_properties(state: KafkaState, options: KafkaOptions, *, data: Path) -> dict[str, str]:

@@ -132,7 +132,7 @@ def place(settings: Settings, database: Database, topic_name: str, caplog: pytes
 
 def test_records_deleted_past_the_position_while_stopped(place: Place, tmp_path: Path) -> None:
     """Seen to fail with `_check_range` taken out of Ownership._claim and `_AUTO_OFFSET_RESET` out of
-    `_LOG_IS_NOT_WHAT_IT_WAS` in kafka/consumer.py: the worker waits for ever at an offset that is gone.
+    `_LOG_IS_NOT_WHAT_IT_WAS` in kafka/consumer.py: the client never gets going at an offset that is gone (exit 75).
     """
     place.process(0, 1, 2)
     place.send(*range(3, 10))
@@ -168,7 +168,7 @@ def test_records_deleted_past_the_position_while_running(place: Place, caplog: p
 
 def test_position_above_the_end_of_the_log(place: Place, tmp_path: Path) -> None:
     """As after the topic was restored to an older state. Seen to fail with `_check_range` taken out of
-    Ownership._claim: it waits without a word until the log has grown, and then skips what was written meanwhile.
+    Ownership._claim: exit 75, to be started again for ever, and none the wiser.
     """
     place.process(0, 1, 2)
     place.execute("UPDATE eo.position SET next_offset = 50")
@@ -198,9 +198,9 @@ def test_topic_recreated_while_running(
     place: Place, protocol: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Both protocols read the new topic on from the old offset, the one of KIP-848 until its next heartbeat. Seen to
-    fail with the comparison taken out of Ownership._same_topic: the new topic's first three messages are skipped
-    (booked: 0, 1, 2, 13, 14; in the classic protocol the worker even goes on like that). And with
-    `self._before_commit()` taken out of the executor: 13 and 14 are booked, and booked again after the remedy.
+    fail with the comparison taken out of Ownership._same_topic: the new topic's first three messages are skipped, 13
+    and 14 booked, and the worker goes on. And with `self._before_commit()` taken out of the executor: 13 and 14 are
+    booked before the worker stops, and would be booked again after the remedy.
     """
     # It looks again only when the new topic has grown past the position.
     with running(place.app(group_protocol=protocol, kafka={"fetch.error.backoff.ms": "700"})) as run:
@@ -265,8 +265,8 @@ def test_empty_database_beside_a_group_with_offsets(place: Place) -> None:
 
 def test_adopted_offsets_bear_our_mark_before_anything_is_processed(place: Place) -> None:
     """A worker that dies after its first batch and before its first offset commit must not make the adopted offset,
-    left behind and without our mark, look like somebody's hand. Seen to fail with the call of `self._mark` taken out
-    of Ownership._claim.
+    left behind and without our mark, look like somebody's hand. Seen to fail with `self._mark(claim)` taken out of
+    Ownership._claim, and the first, unawaited commit out of ConsumeWorker._claim_waiting, which mostly comes in time.
     """
     place.send(0, 1, 2, 3)
     plain = Consumer({"bootstrap.servers": place.settings.require_bootstrap_servers(), "group.id": place.group})

@@ -138,8 +138,8 @@ def test_effects_once_and_in_order_while_members_come_go_and_die(
     make_topic: MakeTopic,
     tmp_path: Path,
 ) -> None:
-    """Seen to fail with partitions started at the group's offset (`_start` in kafka/consumer.py returning
-    OFFSET_STORED) and `p.next_offset = f.expected` taken out of `_ADVANCE` in db/position.py: effects repeated.
+    """Seen to fail with partitions started at the group's offset (Ownership._start_of answering `offsets`) and
+    `p.next_offset = f.expected` taken out of `_ADVANCE` in db/position.py: effects repeated.
     """
     topic = make_topic(partitions=PARTITIONS)
     with database.engine.begin() as connection:

@@ -39,7 +39,8 @@ def app(settings: Settings, database: Database) -> App:
 
 def test_taken_over_in_the_middle_of_a_message(app: App, database: Database, topic_name: str) -> None:
     """The successor ends the transaction that holds it up; the slow one is fenced and neither repeats nor skips. Seen
-    to fail with `_terminate_holder` made empty: the slow one commits, and is thrown out again and again.
+    to fail with the call of `_terminate_holder` taken out of Ownership._claim: nobody ends it, it holds its successor
+    up until it is done.
     """
     attempts: list[int] = []
 

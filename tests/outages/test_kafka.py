@@ -18,7 +18,7 @@ def drained(*processes: Forked) -> None:
 
 
 def test_broker_killed_and_restarted_under_load(scene: Scene) -> None:
-    """Seen to fail with the Retryable case taken out of Ownership.assigned: exit 75 instead of going on."""
+    """Seen to fail with `_TRANSPORT` taken out of `_PASSING` in kafka/faults.py: exit 1 instead of going on."""
     worker, relay = scene.spawn(), scene.spawn("relay")
     sending = scene.send(2000, over=5)
     for mark in (100, 800):

@@ -10,8 +10,8 @@ from tests.processes import eventually
 
 
 def test_server_stopped_immediate_and_restarted_under_load(scene: Scene) -> None:
-    """Seen to fail with the LostConnection branch taken out of ConsumeWorker._recover: what was in doubt is fenced by
-    its own commit.
+    """Seen to fail with `_connection_is_gone` out of classify in db/faults.py: the worker ends, as at an error of its
+    own.
     """
     worker, relay = scene.spawn(), scene.spawn("relay")
     sending = scene.send(2000, over=5)
@@ -28,7 +28,7 @@ def test_server_stopped_immediate_and_restarted_under_load(scene: Scene) -> None
 
 def test_partitions_assigned_while_the_server_is_away(scene: Scene) -> None:
     """They are claimed from the worker's loop, as soon as there is a database to claim them in. Seen to fail with
-    `except Retryable` taken out of Ownership.assigned: the survivor ends.
+    `except Retryable` taken out of Ownership.assigned.
     """
     survivor, other = scene.spawn(), scene.spawn()
     scene.send(400).join()
