@@ -44,6 +44,7 @@ class Nursery:
 
     def spawn(self, *arguments: str, environment: dict[str, str], log: Path) -> Forked:
         """A process that runs `eo` with these arguments."""
+        log.touch()  # the child opens it a moment later, and its output may be asked for before
         return Forked(self, self.ask({"arguments": arguments, "environment": environment, "log": str(log)}), log)
 
     def ask(self, question: dict[str, Any]) -> int:
