@@ -189,7 +189,7 @@ class _Life:
             self.error, self.failed_at = error, clock.monotonic()
         self._stop.set()
         if isinstance(error, EoError):
-            _log.error("%s: %s %s; nothing is skipped.", self.worker.name, error, what)
+            _log.error("%s: %s — %s; nothing is skipped.", self.worker.name, error, what)
         else:
             text = "%s: unexpected error. %s; what was not committed runs again."
             _log.error(text, self.worker.name, what, exc_info=error)

@@ -221,9 +221,9 @@ class Topic(Generic[T]):
         try:
             return self._codec.decode(record.value)
         except Exception as error:  # a codec is anybody's code; the record fails, not the worker
-            detail = parts.describe(error)
+            kind, detail = unwrap(self.payload_type), parts.describe(error)
             raise DecodeError(
-                f"{record}: {len(record.value)} bytes are no {unwrap(self.payload_type)!r}: {detail}",
+                f"{record}: {len(record.value)} bytes are no {getattr(kind, '__name__', kind)}: {detail}",
                 remedy="Correct the producer, or widen the payload type.",
             ) from error
 

@@ -295,7 +295,7 @@ class Admin:
     def _classified(self, error: KafkaError, what: str, topic: str | None) -> EoError:
         if topic is not None and error.code() in _UNKNOWN:
             return UnknownTopic(
-                f"Kafka at {self._servers} has no topic {topic!r}.", remedy="Run: eo topics apply module:app"
+                f"Kafka at {self._servers} has no topic {topic!r}.", remedy="Run: eo topics apply MODULE:APP"
             )
         if error.code() in _FORBIDDEN or error.code() in _REFUSED_LOGIN:
             return NotAuthorized(
