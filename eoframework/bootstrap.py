@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Collection
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
 
@@ -147,7 +148,7 @@ def log_run_banner(ready: Ready, handlers: Collection[Handler]) -> None:
     _log_surroundings("run", ready)
     for handler in handlers:
         _log.info("  %s <- %s: %s", handler.group, handler.topic.name, handler.describe_guarantee())
-    _log.info("  message ids are remembered for %s", ready.settings.processed_retention)
+    _log.info("  message ids are remembered for %s", _days(ready.settings.processed_retention))
 
 
 def log_relay_banner(ready: Ready) -> None:
@@ -196,3 +197,7 @@ def _choose(name: str, known: list[str]) -> str:
     if near:
         return f"Did you mean {near[0]!r}?"
     return f"There is: {', '.join(known)}." if known else "There is none to choose from."
+
+
+def _days(span: timedelta) -> str:
+    return f"{span / timedelta(days=1):g} days"

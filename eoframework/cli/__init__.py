@@ -34,10 +34,10 @@ _EPILOG = (
 
 def main() -> None:
     """The program `eo`."""
-    sys.exit(run(sys.argv[1:]))
+    sys.exit(invoke(sys.argv[1:]))
 
 
-def run(arguments: Sequence[str]) -> int:
+def invoke(arguments: Sequence[str]) -> int:
     """Run one command; returns the exit code (DESIGN.md, "Exit codes")."""
     try:
         _build(arguments)(args=list(arguments), prog_name="eo")

@@ -6,6 +6,7 @@ going on would mean guessing; each case stops with the command that resolves it.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -15,6 +16,8 @@ from eoframework.db.position import Claim, PositionRow, Positions, Stream
 from eoframework.db.session import Connection
 from eoframework.errors import ConfigurationError, FailClosed
 from eoframework.handlers import Handler
+
+log = logging.getLogger(__name__)
 
 GroupOffsets = Mapping[int, tuple[int, str]]
 
@@ -57,8 +60,23 @@ class Start:
         known = self._positions.known(connection, consumer_id=consumer_id, topic=topic)
         refuse_moved(stream, known)
         if not known:
-            self._positions.start(connection, stream, self._first_offsets(around))
+            offsets = self._first_offsets(around)
+            self._positions.start(connection, stream, offsets)
+            self._say_first_start(offsets, self._positions.siblings(connection, topic=topic) - set(declared))
         return stream
+
+    def _say_first_start(self, offsets: Mapping[int, int], others: Collection[str]) -> None:
+        group, topic = self._handler.group, self._handler.topic.name
+        log.info("%s: first start on %s, beginning at offsets %s by partition", group, topic, dict(offsets))
+        if others:
+            # Renaming an App makes new consumers too, and no rule can tell that from an app that is really new.
+            log.warning(
+                "%s is new, and %s already consumed %s: if that is the same handler under an earlier name of the App, "
+                "stop now; otherwise its messages are processed a second time",
+                group,
+                ", ".join(sorted(others)),
+                topic,
+            )
 
     def _refuse_renamed(self, connection: Connection, *, app: str, declared: Collection[str]) -> None:
         topic = self._handler.topic.name

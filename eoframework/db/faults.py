@@ -11,7 +11,8 @@ from sqlalchemy import exc
 from eoframework.errors import Conflict, EoError, LostConnection, Permanent, Retryable, SchemaOutOfDate
 
 # Class 08 and the shutdown codes of class 57: the server went away; 25P03/25P04/57P05: it ended our session.
-_LOST = frozenset({"57P01", "57P02", "57P03", "25P03", "25P04", "57P05"})
+_LOST = frozenset({"57P01", "57P02", "57P03", "25P04", "57P05"})
+_IDLE_TOO_LONG = "25P03"
 # Serialization failure, deadlock, lock not available, and out of shared lock table: rolled back by the server, a
 # smaller run will pass.
 _CONFLICT = frozenset({"40001", "40P01", "55P03", "53200"})
@@ -41,6 +42,11 @@ def classify(error: Exception, what: str) -> EoError:
         if _connection_is_gone(error):
             return LostConnection(f"{what}: the connection to PostgreSQL was lost ({detail}).")
         return Permanent(f"{what}: {detail}")
+    if sqlstate == _IDLE_TOO_LONG:
+        return LostConnection(
+            f"{what}: PostgreSQL ended the transaction because nothing was done in it for too long.",
+            remedy="A handler may not wait longer than EO_IDLE_IN_TRANSACTION_TIMEOUT between two statements.",
+        )
     if sqlstate in _LOST or sqlstate.startswith("08"):
         return LostConnection(f"{what}: PostgreSQL ended the connection ({sqlstate}: {detail}).")
     if sqlstate in _CONFLICT:

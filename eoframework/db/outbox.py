@@ -28,6 +28,11 @@ _INSERT: Final = """
                                 traceparent{extra_name}, place)
      ORDER BY m.place"""
 
+# With synchronous_commit off a row is visible before its COMMIT is on disk: published by then, and taken back by a
+# crash of the server, it would be a message without a cause.
+_DURABLE: Final = """SELECT set_config('synchronous_commit', 'on', true)
+     WHERE current_setting('synchronous_commit') IN ('off', 'local')"""
+
 
 class Outbox:
     """Writes outbox messages; one value per schema, holds no state."""
@@ -47,7 +52,7 @@ class Outbox:
         """
         if not messages:
             return
-        self._keep_order(connection, messages)
+        self._prepare(connection, messages)
         due = [message for message in messages if message.deliver_at is None]
         delayed = [message for message in messages if message.deliver_at is not None]
         if due:
@@ -56,19 +61,18 @@ class Outbox:
             deliver_at = [message.deliver_at for message in delayed]
             connection.exec_driver_sql(self._delayed, _columns(delayed) | {"deliver_at": deliver_at})
 
-    def _keep_order(self, connection: Connection, messages: Iterable[OutboxMessage]) -> None:
+    def _prepare(self, connection: Connection, messages: Iterable[OutboxMessage]) -> None:
+        """Keep the keys' order, and have the COMMIT wait for its own durability."""
         # A delayed message leaves its key's order, so it takes no lock.
         ordered = (m.key for m in messages if m.ordered and m.key is not None and m.deliver_at is None)
         buckets = sorted({order_bucket(key) for key in ordered})
-        if not buckets:
-            return
         # Deferred constraints are checked before the locks: a check that waits for another writer while holding a
-        # bucket that this writer wants would be a deadlock. Sorted for the same reason. One round trip for both: the
-        # numbers are ours, so they can stand in the text, which lets the server take two statements at once.
+        # bucket that this writer wants would be a deadlock. Sorted for the same reason. One round trip for all: the
+        # numbers are ours, so they can stand in the text, which lets the server take several statements at once.
         numbers = ",".join(map(str, buckets))
         connection.exec_driver_sql(
-            "SET CONSTRAINTS ALL IMMEDIATE; "
-            f"SELECT pg_advisory_xact_lock({self._lock_class}, bucket) FROM unnest(ARRAY[{numbers}]) AS bucket",
+            f"SET CONSTRAINTS ALL IMMEDIATE; {_DURABLE}; "
+            f"SELECT pg_advisory_xact_lock({self._lock_class}, bucket) FROM unnest(ARRAY[{numbers}]::int[]) AS bucket",
             execution_options={"no_parameters": True},
         )
 

@@ -13,6 +13,7 @@ from uuid import UUID
 
 from sqlalchemy import Connection
 
+from eoframework.errors import RestartNeeded
 from eoframework.schema import Schema
 
 _CONSUMER = """
@@ -35,7 +36,8 @@ INSERT INTO {eo}.position AS p (consumer_id, topic_id, partition, topic, cluster
     epoch, owner, backend_pid, backend_start, claimed_at)
 SELECT %(consumer_id)s, %(topic_id)s, %(partition)s, %(topic)s, %(cluster_id)s, 0,
     1, %(owner)s, a.pid, a.backend_start, clock_timestamp()
-FROM pg_stat_activity a WHERE a.pid = pg_backend_pid()
+FROM pg_stat_activity a WHERE a.pid = pg_backend_pid() AND EXISTS (SELECT FROM {eo}.position
+    WHERE consumer_id = %(consumer_id)s AND topic_id = %(topic_id)s)
 ON CONFLICT (consumer_id, topic_id, partition) DO UPDATE SET epoch = p.epoch + 1, owner = excluded.owner,
     backend_pid = excluded.backend_pid, backend_start = excluded.backend_start, claimed_at = excluded.claimed_at
 RETURNING next_offset, epoch
@@ -143,9 +145,10 @@ class Positions:
         """The consumer's number; its row stays locked, so first starts of several workers come one after another."""
         return int(self._one(connection, "consumer", {"name": name, "topic": topic})[0])
 
-    def siblings(self, connection: Connection, *, app: str, topic: str) -> set[str]:
-        """The names of this app's known consumers of the topic."""
-        return {row[0] for row in self._all(connection, "siblings", {"topic": topic, "prefix": f"{app}."})}
+    def siblings(self, connection: Connection, *, topic: str, app: str | None = None) -> set[str]:
+        """The names of the known consumers of the topic: this app's, or everybody's."""
+        prefix = "" if app is None else f"{app}."
+        return {row[0] for row in self._all(connection, "siblings", {"topic": topic, "prefix": prefix})}
 
     def known(self, connection: Connection, *, consumer_id: int, topic: str) -> list[PositionRow]:
         """All rows for this topic name, also those of an earlier topic or another cluster of that name."""
@@ -161,10 +164,15 @@ class Positions:
         """Take the partition over: everybody who held it before can change nothing any more.
 
         Waits for a transaction of the previous owner that is still open. A partition without a row appeared after
-        the consumer's first start and begins at 0.
+        the consumer's first start and begins at 0; where no partition has a row, `eo position forget` came after our
+        registration, and beginning at 0 would ignore `start`: raises RestartNeeded.
         """
-        found = self._one(connection, "claim", {**stream.row(), "partition": partition, "owner": owner})
-        return Claim(partition, epoch=found[1], next_offset=found[0])
+        found = self._all(connection, "claim", {**stream.row(), "partition": partition, "owner": owner})
+        if not found:
+            raise RestartNeeded(
+                f"{stream.consumer}: its positions were forgotten while it started.", remedy="Start it again."
+            )
+        return Claim(partition, epoch=found[0][1], next_offset=found[0][0])
 
     def claim_again(self, connection: Connection, stream: Stream, claim: Claim) -> Claim | None:
         """Renew our own claim after a doubt, None when somebody else has taken over meanwhile.

@@ -16,6 +16,7 @@ from eoframework.errors import ConfigurationError, Retryable
 from eoframework.kafka.admin import Admin
 from eoframework.kafka.config import consumer_config
 from eoframework.kafka.faults import classify, kafka_error
+from eoframework.schema import Schema
 from eoframework.settings import Settings
 
 _log = logging.getLogger(__name__)
@@ -40,6 +41,8 @@ class CheckpointLog:
     def __init__(self, settings: Settings, admin: Admin, outbox_id: UUID) -> None:
         self.outbox_id = outbox_id
         self.topic = checkpoint_topic(outbox_id)
+        self.shard_table = Schema(settings.database_schema).sql("{eo}.relay_shard")
+        """What an operator has to name in the remedy of a contradiction."""
         self._admin = admin
         self._config = consumer_config(settings, group=self.topic, client_id="eo-relay-checkpoint") | {
             "enable.partition.eof": True,
@@ -108,11 +111,10 @@ class CheckpointLog:
                 error = message.error()
                 if error is None:
                     last = message.value() or b""
-                elif error.code() == KafkaError._PARTITION_EOF:
-                    return last
-                else:
+                elif error.code() != KafkaError._PARTITION_EOF:
                     raise classify(error, f"reading {self.topic}[{shard}]")
-            # Markers and aborted records move the position without handing anything over.
+            # Markers and aborted records move the position without handing anything over. An end before `end` is a
+            # replica that lags: the checkpoint it does not have yet would be taken for one that was never written.
             (place,) = consumer.position([TopicPartition(self.topic, shard)])
             if place.offset >= end:
                 return last

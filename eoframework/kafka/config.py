@@ -17,7 +17,7 @@ _CLIENT_LOG = logging.getLogger("eoframework.kafka.client")
 _REPEAT_AFTER = 30.0
 _FIGURES = re.compile(r"\d+")
 
-# The quarantine rule takes a call that lasted half of this for one that was re-sent (DESIGN.md, "Quarantine"). The cap
+# The quarantine rule takes a call that lasted half of this for one that was re-sent (DESIGN.md, "Non-obvious"). The cap
 # must not be lower, or re-sends come earlier than the rule believes.
 RETRY_BACKOFF_MS = 100
 _RETRY_BACKOFF_MAX_MS = 1000

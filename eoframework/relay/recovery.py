@@ -36,15 +36,15 @@ def settle(
     # old state, and call that a contradiction.
     state = shards.check(claim)
     if last is None:
-        _first_use(claim, shards, state, place)
+        _first_use(claim, shards, state, place, checkpoints)
         return place, state.batch_no
     _belongs(last, claim, checkpoints, place)
     if state.cluster_id is None or last.batch_no not in (state.batch_no, state.batch_no + 1):
         raise _contradiction(
-            f"{claim}: Kafka's last batch is {last.batch_no}, the database's is {state.batch_no}.", last
+            checkpoints, f"{claim}: Kafka's last batch is {last.batch_no}, the database's is {state.batch_no}.", last
         )
     if last.batch_no == state.batch_no + 1:
-        _finish(claim, rows, last)
+        _finish(claim, rows, last, checkpoints)
     return place, last.batch_no
 
 
@@ -56,7 +56,7 @@ def find_place(checkpoints: CheckpointLog, states: dict[int, ShardState], *, sha
         if any(state.batch_no for state in states.values()):
             raise FailClosed(
                 f"checkpoint topic {checkpoints.topic} is gone, and with it what was published last.",
-                remedy=_START_ANEW,
+                remedy=_start_anew(checkpoints),
             ) from error
         raise
     for shard, state in states.items():
@@ -64,21 +64,23 @@ def find_place(checkpoints: CheckpointLog, states: dict[int, ShardState], *, sha
             raise FailClosed(
                 f"shard {shard} of this outbox was relayed to Kafka cluster {state.cluster_id}, this one is "
                 f"{place.cluster_id}.",
-                remedy=f"Correct EO_KAFKA_BOOTSTRAP_SERVERS or EO_DATABASE_URL. {_START_ANEW}",
+                remedy=f"Correct EO_KAFKA_BOOTSTRAP_SERVERS or EO_DATABASE_URL. {_start_anew(checkpoints)}",
             )
         if state.topic_id is not None and state.topic_id != place.topic_id:
             raise FailClosed(
                 f"checkpoint topic {checkpoints.topic} was deleted and made again, so what was published last is lost.",
-                remedy=_START_ANEW,
+                remedy=_start_anew(checkpoints),
             )
     return place
 
 
-def _first_use(claim: Claim, shards: Shards, state: ShardState, place: CheckpointPlace) -> None:
+def _first_use(
+    claim: Claim, shards: Shards, state: ShardState, place: CheckpointPlace, checkpoints: CheckpointLog
+) -> None:
     if state.batch_no != 0:
         raise FailClosed(
             f"{claim}: the database knows {state.batch_no} batches, the checkpoint topic none: it lost its records.",
-            remedy=_START_ANEW,
+            remedy=_start_anew(checkpoints),
         )
     if state.cluster_id is None:
         shards.bind(claim, cluster_id=place.cluster_id, topic_id=place.topic_id)
@@ -89,15 +91,15 @@ def _belongs(last: Checkpoint, claim: Claim, checkpoints: CheckpointLog, place: 
     if found != (checkpoints.outbox_id, claim.shard, place.cluster_id, place.topic_id):
         raise FailClosed(
             f"the last checkpoint in {checkpoints.topic}[{claim.shard}] is not this shard's: it was copied there.",
-            remedy="Checkpoint topics must not be mirrored or restored. " + _START_ANEW,
+            remedy="Checkpoint topics must not be mirrored or restored. " + _start_anew(checkpoints),
         )
 
 
-def _finish(claim: Claim, rows: PendingRows, last: Checkpoint) -> None:
+def _finish(claim: Claim, rows: PendingRows, last: Checkpoint, checkpoints: CheckpointLog) -> None:
     try:
         rows.remove_published(claim, last)
     except RowsDiffer as error:
-        raise _contradiction(f"{claim}: {error.what}", last) from error
+        raise _contradiction(checkpoints, f"{claim}: {error.what}", last) from error
     _log.info(
         "relay %s: batch %d (%d rows) was in Kafka but not yet deleted; deleted now, nothing is sent twice.",
         claim,
@@ -107,18 +109,20 @@ def _finish(claim: Claim, rows: PendingRows, last: Checkpoint) -> None:
     events.emit("relay.recovered", shard=claim.shard, batch_no=last.batch_no, rows=len(last.seqs))
 
 
-def _contradiction(what: str, last: Checkpoint) -> FailClosed:
+def _contradiction(checkpoints: CheckpointLog, what: str, last: Checkpoint) -> FailClosed:
     return FailClosed(
         f"{what} The database was restored, promoted or copied.",
         remedy=(
             "If this database is to go on: its outbox rows will be sent, those sent before a second time (same message "
-            f"ids): UPDATE relay_shard SET batch_no = {last.batch_no}, cluster_id = '{last.cluster_id}', "
+            f"ids): UPDATE {checkpoints.shard_table} SET batch_no = {last.batch_no}, cluster_id = '{last.cluster_id}', "
             f"checkpoint_topic_id = '{last.topic_id}' WHERE shard = {last.shard}; then start the relay."
         ),
     )
 
 
-_START_ANEW = (
-    "To start anew, at the price that the last batch of each shard may be sent twice (same message ids): make the "
-    "topic (eo topics apply), then UPDATE relay_shard SET batch_no = 0, cluster_id = NULL, checkpoint_topic_id = NULL."
-)
+def _start_anew(checkpoints: CheckpointLog) -> str:
+    return (
+        "To start anew, at the price that the last batch of each shard may be sent twice (same message ids): make the "
+        f"topic (eo topics apply), then UPDATE {checkpoints.shard_table} SET batch_no = 0, cluster_id = NULL, "
+        "checkpoint_topic_id = NULL."
+    )

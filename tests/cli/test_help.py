@@ -11,8 +11,8 @@ from eoframework.cli import COMMANDS
 
 _LOADED = """
 import sys
-from eoframework.cli import run
-code = run({arguments!r})
+from eoframework.cli import invoke
+code = invoke({arguments!r})
 heavy = [name for name in ("sqlalchemy", "confluent_kafka", "pydantic", "psycopg", "alembic") if name in sys.modules]
 print("LOADED", code, heavy)
 """

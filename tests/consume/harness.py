@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -46,9 +47,9 @@ class Run:
         return self.wait()
 
 
-def make_app(settings: Settings, database: Database, name: str = "app") -> App:
-    """An App on this test's database."""
-    return App(name, engine=database.engine, settings=settings)
+def make_app(settings: Settings, database: Database, name: str | None = None) -> App:
+    """An App on this test's database; its consumer groups are nobody else's unless it is named."""
+    return App(name or f"app-{uuid.uuid4().hex[:8]}", engine=database.engine, settings=settings)
 
 
 def worker_of(app: App, handler: Handler | None = None, **options: Any) -> ConsumeWorker:

@@ -101,7 +101,7 @@ def _live(question: dict[str, Any]) -> None:
     os.environ.update(question["environment"])
     code = 1
     try:
-        code = cli.run(question["arguments"])
+        code = cli.invoke(question["arguments"])
     except BaseException:  # noqa: BLE001 - nothing may come back into the parent's loop
         traceback.print_exc()
     sys.stderr.flush()

@@ -143,7 +143,7 @@ def test_ids_of_published_messages_do_not_depend_on_the_run(
         connection.execute(text("DELETE FROM eo.outbox_message"))
         connection.execute(text("UPDATE eo.position SET next_offset = 0"))
         connection.execute(text("DELETE FROM eo.processed_message"))
-    Admin(app.settings).delete_group("app.forward")  # or the offset ahead of a database set back would stop it
+    Admin(app.settings).delete_group(f"{app.name}.forward")  # or the offset ahead of a database set back would stop it
     assert run_once(app) == 0
     assert column(database.engine, "SELECT id FROM eo.outbox_message ORDER BY seq") == first
     assert len(set(first)) == 6

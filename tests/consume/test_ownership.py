@@ -9,7 +9,7 @@ from eoframework.consume.ownership import Ownership
 from eoframework.db.position import Positions, Stream
 from eoframework.db.session import Database
 from eoframework.db.unit_of_work import Timeouts, WorkerConnection
-from eoframework.errors import LostConnection
+from eoframework.errors import LostConnection, RestartNeeded
 from eoframework.kafka.admin import Admin
 from eoframework.settings import Settings
 from tests.conftest import MakeTopic
@@ -27,7 +27,8 @@ def ownership(settings: Settings, database: Database, make_topic: MakeTopic, con
     topic = admin.describe(make_topic(partitions=3))
     with connection.begin("register") as started:
         number = positions.register(started, name="app.book", topic=topic.name)
-    stream = Stream(number, "app.book", topic.name, topic.id, admin.cluster_id())
+        stream = Stream(number, "app.book", topic.name, topic.id, admin.cluster_id())
+        positions.start(started, stream, {0: 0, 1: 0, 2: 0})
     return Ownership(stream, positions, connection, admin, owner="me", mark=lambda claim: None)
 
 
@@ -49,3 +50,12 @@ def test_a_new_connection_renews_every_claim(
     with connection.begin("which backend", opening=False) as ours:
         backend = ours.scalar(text("SELECT pg_backend_pid()"))
     assert column(database.engine, "SELECT backend_pid FROM eo.position") == [backend] * 3
+
+
+def test_positions_forgotten_while_a_worker_starts_are_not_begun_at_0(ownership: Ownership, database: Database) -> None:
+    """Seen to fail without the EXISTS in `_CLAIM`: the claim began at 0, whatever `start` says."""
+    with database.engine.begin() as operator:
+        operator.execute(text("DELETE FROM eo.position"))
+    with pytest.raises(RestartNeeded, match="forgotten"):
+        ownership.assigned([0])
+    assert column(database.engine, "SELECT next_offset FROM eo.position") == []

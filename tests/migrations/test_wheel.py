@@ -40,6 +40,12 @@ def test_an_installed_wheel_migrates(eo: Path, empty_url: str, tmp_path: Path) -
     run("db", "check", code=3)
 
 
+def test_every_command_of_an_installed_wheel_loads(eo: Path, tmp_path: Path) -> None:
+    """Seen to fail without sqlalchemy's asyncio extra: greenlet was there only through the tools."""
+    for command in ("run", "relay", "topics", "publish", "position", "db", "dev"):
+        assert "Usage" in _run(str(eo), command, "--help", cwd=tmp_path)
+
+
 def _run(*command: str, code: int = 0, cwd: Path | None = None, **settings: str) -> str:
     done = subprocess.run(
         command, cwd=cwd, env=environment(**settings), capture_output=True, text=True, timeout=170, check=False

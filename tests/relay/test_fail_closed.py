@@ -5,11 +5,14 @@ from __future__ import annotations
 import uuid
 
 import pytest
+from confluent_kafka import Consumer
 from confluent_kafka.admin import AdminClient
 
+from eoframework.errors import Retryable
 from eoframework.kafka.admin import Admin, UnknownTopic
+from eoframework.kafka.checkpoint import CheckpointLog
 from tests.conftest import Addresses, database_named
-from tests.relay.rig import Rig, open_copy
+from tests.relay.rig import SHARDS, Rig, open_copy
 
 STOPPED_TO_PROTECT_DATA = 70
 CANNOT_START = 3
@@ -138,7 +141,28 @@ def test_published_rows_deleted_by_hand(rig: Rig, caplog: pytest.LogCaptureFixtu
     with rig.run_here() as relay:
         assert relay.ended() == STOPPED_TO_PROTECT_DATA
     assert rig.left() == 17
-    assert "UPDATE relay_shard SET batch_no = 1" in caplog.text
+    assert 'UPDATE "eo".relay_shard SET batch_no = 1' in caplog.text
+
+
+def test_a_lagging_replica_is_not_taken_for_the_end_of_the_checkpoints(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen to fail with `return last` at the end-of-partition in CheckpointLog._last_between: an older checkpoint, or
+    none, was taken for the last, and the batch behind it would have been sent again.
+    """
+    publish_and_drain(rig, 5)
+    log = CheckpointLog(rig.settings, Admin(rig.settings), rig.outbox_id)
+    leader_says = CheckpointLog._range
+
+    def further_on(self: CheckpointLog, consumer: Consumer, shard: int) -> tuple[int, int]:
+        low, high = leader_says(self, consumer, shard)
+        return low, high + 2
+
+    monkeypatch.setattr(CheckpointLog, "_range", further_on)
+    monkeypatch.setattr("eoframework.kafka.checkpoint._TIMEOUT", 1.0)
+    for shard in range(SHARDS):
+        with pytest.raises(Retryable):
+            log.last(shard)
 
 
 def delete_topic(rig: Rig) -> None:
