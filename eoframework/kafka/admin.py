@@ -10,7 +10,14 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from uuid import UUID
 
-from confluent_kafka import ConsumerGroupTopicPartitions, KafkaError, KafkaException, TopicCollection, TopicPartition
+from confluent_kafka import (
+    Consumer,
+    ConsumerGroupTopicPartitions,
+    KafkaError,
+    KafkaException,
+    TopicCollection,
+    TopicPartition,
+)
 from confluent_kafka.admin import (  # type: ignore[attr-defined]  # its stubs do not re-export
     AdminClient,
     AlterConfigOpType,
@@ -24,7 +31,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]  # its stubs d
 
 from eoframework import clock
 from eoframework.errors import ConfigurationError, EoError, Retryable, Unreachable
-from eoframework.kafka.config import admin_config
+from eoframework.kafka.config import admin_config, offset_reader_config
 from eoframework.kafka.consumer import offset_mark
 from eoframework.kafka.faults import classify, kafka_error
 from eoframework.settings import Settings
@@ -34,6 +41,8 @@ _T = TypeVar("_T")
 
 _TIMEOUT = 15.0
 _PROBE_TIMEOUT = 3.0
+_GRACE = 1.0
+_OFFSETS_TIMEOUT = 5.0
 _SLICE = 0.1
 
 _UNKNOWN = frozenset({KafkaError._UNKNOWN_TOPIC, KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_PARTITION})
@@ -83,6 +92,7 @@ class Admin:
     """A client that asks and creates; opens its connection at the first question."""
 
     def __init__(self, settings: Settings) -> None:
+        self._settings = settings
         self._servers = settings.require_bootstrap_servers()
         self._config = {**admin_config(settings), "error_cb": self._on_error}
         self._refusal: KafkaError | None = None
@@ -173,7 +183,8 @@ class Admin:
     def ask_topic_id(self, topic: str) -> Callable[[], UUID]:
         """As `topic_id`: the question is asked now, the answer taken later by calling what is returned."""
         future = self._client.describe_topics(TopicCollection([topic]), request_timeout=_PROBE_TIMEOUT)[topic]
-        return lambda: _uuid(self._result(future, f"asking the id of topic {topic}", topic=topic).topic_id)
+        what = f"asking the id of topic {topic}"
+        return lambda: _uuid(self._result(future, what, topic=topic, timeout=_PROBE_TIMEOUT).topic_id)
 
     def existing(self, topics: Iterable[str]) -> dict[str, TopicInfo]:
         """Those of the topics that exist."""
@@ -203,14 +214,29 @@ class Admin:
 
     def group_offsets(self, group: str, topic: str) -> dict[int, tuple[int, str]]:
         """The group's committed offsets of the topic: partition -> (offset, metadata); empty when it has none."""
-        question = [ConsumerGroupTopicPartitions(group)]
-        future = self._client.list_consumer_group_offsets(question, request_timeout=_TIMEOUT)[group]
-        found = self._result(future, f"reading the offsets of group {group}", ignore=KafkaError.GROUP_ID_NOT_FOUND)
-        return {
-            entry.partition: (entry.offset, entry.metadata or "")
-            for entry in (found.topic_partitions if found else ())
-            if entry.topic == topic and entry.offset >= 0
-        }
+        # Not by the admin client: it crashes the process (SIGSEGV in librdkafka 2.16.0) when the broker answers
+        # NOT_COORDINATOR, as one does that has just started; a consumer has the coordinator whose lack it trips over.
+        questions = [TopicPartition(topic, partition) for partition in range(self._partitions(topic))]
+        if not questions:
+            return {}
+        consumer = Consumer(offset_reader_config(self._settings, group=group))
+        try:
+            found = consumer.committed(questions, timeout=_OFFSETS_TIMEOUT)
+        except KafkaException as error:
+            raise self._classified(kafka_error(error), f"reading the offsets of group {group}", topic) from error
+        finally:
+            consumer.close()
+        for entry in found:
+            if entry.error is not None:
+                raise self._classified(entry.error, f"reading the offsets of group {group}", topic)
+        return {entry.partition: (entry.offset, entry.metadata or "") for entry in found if entry.offset >= 0}
+
+    def _partitions(self, topic: str) -> int:
+        future = self._client.describe_topics(TopicCollection([topic]), request_timeout=_TIMEOUT)[topic]
+        try:
+            return len(self._result(future, f"asking for the partitions of topic {topic}", topic=topic).partitions)
+        except UnknownTopic:
+            return 0
 
     def set_group_offset(self, group: str, topic: str, partition: int, offset: int, *, epoch: int) -> bool:
         """Commit the group's offset in the name of its consumer; False while the group has members."""
@@ -256,7 +282,7 @@ class Admin:
 
     def _ask_cluster(self, timeout: float, stop: threading.Event | None) -> Any:
         future = self._client.describe_cluster(request_timeout=timeout)
-        return self._result(future, f"asking Kafka at {self._servers}", stop=stop)
+        return self._result(future, f"asking Kafka at {self._servers}", stop=stop, timeout=timeout)
 
     def _result(
         self,
@@ -266,8 +292,14 @@ class Admin:
         topic: str | None = None,
         ignore: int | None = None,
         stop: threading.Event | None = None,
+        timeout: float = _TIMEOUT,
     ) -> Any:
+        # The client's own request_timeout is not trusted: a worker that waits for an answer that never comes stands
+        # still for ever, and inside a database transaction.
+        deadline = clock.monotonic() + timeout + _GRACE
         while not future.done():
+            if clock.monotonic() > deadline:
+                raise Retryable(f"{what}: no answer from Kafka at {self._servers} within {timeout + _GRACE:g} s.")
             # A refused login is told only to the error callback, which poll serves; the request itself just times out.
             # Waiting in poll itself would always last the whole slice: an answer does not wake it.
             wait([future], timeout=_SLICE)

@@ -65,6 +65,15 @@ def transactional_config(settings: Settings, *, transactional_id: str, client_id
     }
 
 
+def offset_reader_config(settings: Settings, *, group: str) -> dict[str, Any]:
+    """A consumer that never joins its group, only asks for its offsets.
+
+    Classic whatever the members are: under KIP-848 it would ask as a member, which it is not.
+    """
+    classic = settings.model_copy(update={"group_protocol": "classic"})
+    return consumer_config(classic, group=group, client_id="eo-offsets")
+
+
 def admin_config(settings: Settings) -> dict[str, Any]:
     """A client for questions about topics, groups and offsets; it changes nothing by itself."""
     return _base(settings, "eo-admin", frozenset())
