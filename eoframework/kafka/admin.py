@@ -219,11 +219,16 @@ class Admin:
         questions = [TopicPartition(topic, partition) for partition in range(self._partitions(topic))]
         if not questions:
             return {}
-        consumer = Consumer(offset_reader_config(self._settings, group=group))
+        told: list[KafkaError] = []
+        consumer = Consumer({**offset_reader_config(self._settings, group=group), "error_cb": told.append})
         try:
             found = consumer.committed(questions, timeout=_OFFSETS_TIMEOUT)
         except KafkaException as error:
-            raise self._classified(kafka_error(error), f"reading the offsets of group {group}", topic) from error
+            # A refused group looks like a timeout here; why is told only to who polls.
+            message = consumer.poll(_SLICE)
+            told += [fault for fault in (message.error() if message else None,) if fault is not None]
+            cause = next((fault for fault in told if fault.code() in _FORBIDDEN), kafka_error(error))
+            raise self._classified(cause, f"reading the offsets of group {group}", topic) from error
         finally:
             consumer.close()
         for entry in found:

@@ -29,6 +29,7 @@ class Rig:
         with self.connection.begin("claims") as connection:
             number = positions.register(connection, name=handler.group, topic=handler.topic.name)
             stream = Stream(number, handler.group, handler.topic.name, TOPIC_ID, "cluster")
+            positions.start(connection, stream, dict.fromkeys(range(3), 0))
             self.claims = {p: positions.claim(connection, stream, p, owner="rig") for p in range(3)}
         stores = Stores(positions, ProcessedMessages(database.schema), Outbox(database.schema))
         self._executor = Executor(

@@ -181,7 +181,7 @@ def test_a_renamed_handler_refuses_to_start(
     old = make_app(settings, database)
     old.handler(Topic(topic_name, Entry), name="old")(book)
     assert run_once(old) == 0
-    new = make_app(settings, database)
+    new = make_app(settings, database, old.name)
     new.handler(Topic(topic_name, Entry), name="new")(book)
     assert run_once(new) == 3
     assert "name='old'" in caplog.text
@@ -265,7 +265,7 @@ def test_a_worker_stops_cleanly_while_the_database_is_down(
             eventually(lambda: "Waiting" in caplog.text, "the worker waits for the database")
             assert run.end() == 0
         reached.engine.dispose()
-    again = make_app(settings, database)
+    again = make_app(settings, database, app.name)
     again.handler(Topic(topic_name, Entry), name="book")(book)
     assert run_once(again) == 0
     assert column(database.engine, 'SELECT "offset" FROM ledger ORDER BY id') == list(range(6))
