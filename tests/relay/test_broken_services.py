@@ -182,8 +182,9 @@ def test_rows_wait_for_the_standby_before_they_are_published(own: Own, rig: Rig)
         try:
             unconfirmed = rig.messages(10, keys=1)
             with rig.database.begin("test") as connection:
-                connection.execute(text("SET LOCAL synchronous_commit = local"))
                 rig.insert(connection, unconfirmed)
+                # After the insert, which raises it: rows are as visible as after a crash restart of the server.
+                connection.execute(text("SET LOCAL synchronous_commit = local"))
             rig.wait_for(lambda: waits_for_standby(rig), what="the relay to wait for the standby")
             assert len(rig.read()) == 20
         finally:
