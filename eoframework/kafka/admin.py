@@ -176,12 +176,11 @@ class Admin:
             own_config={name: str(entry.value) for name, entry in entries.items() if int(entry.source) == own},
         )
 
-    def topic_id(self, topic: str) -> UUID:
-        """Only the topic's id, for frequent checks. Raises UnknownTopic, NotAuthorized."""
-        return self.ask_topic_id(topic)()
-
     def ask_topic_id(self, topic: str) -> Callable[[], UUID]:
-        """As `topic_id`: the question is asked now, the answer taken later by calling what is returned."""
+        """The topic's id: asked now, the answer taken later by calling what is returned.
+
+        That call raises UnknownTopic, NotAuthorized.
+        """
         future = self._client.describe_topics(TopicCollection([topic]), request_timeout=_PROBE_TIMEOUT)[topic]
         what = f"asking the id of topic {topic}"
         return lambda: _uuid(self._result(future, what, topic=topic, timeout=_PROBE_TIMEOUT).topic_id)
