@@ -8,13 +8,20 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from eoframework.app import App as App
     from eoframework.codec import Codec as Codec
+    from eoframework.errors import BatchItemFailed as BatchItemFailed
     from eoframework.errors import ConfigurationError as ConfigurationError
     from eoframework.errors import DeclarationError as DeclarationError
     from eoframework.errors import DecodeError as DecodeError
     from eoframework.errors import EncodeError as EncodeError
     from eoframework.errors import EoError as EoError
     from eoframework.errors import HandlerMisuse as HandlerMisuse
+    from eoframework.errors import Reject as Reject
+    from eoframework.errors import RetryLater as RetryLater
     from eoframework.message import Message as Message
+    from eoframework.retry import Breaker as Breaker
+    from eoframework.retry import Retry as Retry
+    from eoframework.retry import exponential as exponential
+    from eoframework.retry import fixed as fixed
     from eoframework.topic import Topic as Topic
     from eoframework.tx import Tx as Tx
 
@@ -23,9 +30,16 @@ _HOMES = {
     "App": "app",
     "Topic": "topic",
     "Codec": "codec",
+    "Retry": "retry",
+    "exponential": "retry",
+    "fixed": "retry",
+    "Breaker": "retry",
     # inside a handler
     "Message": "message",
     "Tx": "tx",
+    "RetryLater": "errors",
+    "Reject": "errors",
+    "BatchItemFailed": "errors",
     # errors
     "EoError": "errors",
     "ConfigurationError": "errors",
@@ -39,8 +53,15 @@ __all__ = [  # noqa: RUF022 - in the groups above
     "App",
     "Topic",
     "Codec",
+    "Retry",
+    "exponential",
+    "fixed",
+    "Breaker",
     "Message",
     "Tx",
+    "RetryLater",
+    "Reject",
+    "BatchItemFailed",
     "EoError",
     "ConfigurationError",
     "DeclarationError",

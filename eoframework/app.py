@@ -22,6 +22,7 @@ from eoframework.errors import ConfigurationError, DeclarationError
 from eoframework.handlers import Handler, Start, declare
 from eoframework.message import Message
 from eoframework.parts import Part
+from eoframework.retry import AfterDead, Breaker, FailurePolicy, Ordering, Retry
 from eoframework.schema import Schema
 from eoframework.settings import Settings
 from eoframework.topic import Topic
@@ -32,6 +33,8 @@ T = TypeVar("T")
 P = ParamSpec("P")
 
 _NAME = re.compile(r"[a-z0-9._-]{1,100}")
+_RETRY = Retry()
+_BREAKER = Breaker()
 
 _identity = id
 
@@ -112,28 +115,59 @@ class App:
 
     # --- declaring ---
 
-    def handler(self, topic: Topic[T], *, name: str | None = None, start: Start = "earliest") -> HandlerDecorator[T]:
+    def handler(
+        self,
+        topic: Topic[T],
+        *,
+        name: str | None = None,
+        start: Start = "earliest",
+        retry: Retry | None = _RETRY,
+        ordering: Ordering = "key",
+        after_dead: AfterDead = "continue",
+        dead_letter_topic: bool = False,
+        max_parked: int = 10_000,
+        breaker: Breaker | None = _BREAKER,
+    ) -> HandlerDecorator[T]:
         """Call the decorated function for every message of `topic`, each in one database transaction.
 
         On a crash: what the function did through `tx` was committed together with the message's position, or not at
         all, and then the function runs again.
         The function takes `(payload)`, `(payload, tx: Tx)` or `(message: Message[T], tx: Tx)`, and stays plain.
         name: default the function's; it names the consumer group `<app>.<name>`: keep it when the function is renamed.
-        start: where a consumer that has never run begins. Raises DeclarationError with file and line.
+        start: where a consumer that has never run begins.
+        retry: what to do when it fails; None stops its partition there (EO_ON_FAILURE). ordering: what waits behind a
+        failing message: its "key", its whole "partition", or "none". after_dead: whether its key goes on ("continue")
+        or is held until a person has decided ("hold"). dead_letter_topic: dead letters are published to `<group>.dlt`
+        too. max_parked: with so many messages waiting, partitions pause. breaker: stops the consumer (exit code 70)
+        when too many would die. Raises DeclarationError with file and line.
         """
-        return HandlerDecorator(lambda f: self._declare(f, topic, name=name, start=start, batch=False, max_batch=None))
+        policy = FailurePolicy(retry, ordering, after_dead, dead_letter_topic, max_parked, breaker)
+        return HandlerDecorator(lambda f: self._declare(f, topic, policy, name=name, start=start))
 
     def batch_handler(
-        self, topic: Topic[T], *, name: str | None = None, max_batch: int | None = None, start: Start = "earliest"
+        self,
+        topic: Topic[T],
+        *,
+        name: str | None = None,
+        max_batch: int | None = None,
+        start: Start = "earliest",
+        retry: Retry | None = _RETRY,
+        ordering: Ordering = "key",
+        after_dead: AfterDead = "continue",
+        dead_letter_topic: bool = False,
+        max_parked: int = 10_000,
+        breaker: Breaker | None = _BREAKER,
     ) -> BatchHandlerDecorator[T]:
         """Call the decorated function with lists of messages of `topic`, each list in one database transaction.
 
-        On a crash: as for `handler`, for the list as a whole. A list that fails is run again message by message.
+        On a crash: as for `handler`, for the list as a whole. A list that fails is rolled back and halved until the
+        culprit is alone; `tx.fail(i, error)` or `raise BatchItemFailed(i)` names it and spares the search.
         The function takes `(batch: list[T], tx: Tx)` or `(batch: list[Message[T]], tx: Tx)`.
-        max_batch: at most so many messages, default from the settings. Raises DeclarationError with file and line.
+        max_batch: at most so many messages, default from the settings. The rest as for `handler`.
         """
+        policy = FailurePolicy(retry, ordering, after_dead, dead_letter_topic, max_parked, breaker)
         return BatchHandlerDecorator(
-            lambda f: self._declare(f, topic, name=name, start=start, batch=True, max_batch=max_batch)
+            lambda f: self._declare(f, topic, policy, name=name, start=start, batch=True, max_batch=max_batch)
         )
 
     @property
@@ -241,11 +275,12 @@ class App:
         self,
         function: Callable[..., object],
         topic: Topic[Any],
+        policy: FailurePolicy,
         *,
         name: str | None,
         start: Start,
-        batch: bool,
-        max_batch: int | None,
+        batch: bool = False,
+        max_batch: int | None = None,
     ) -> None:
         if not isinstance(topic, Topic):
             raise DeclarationError(
@@ -260,6 +295,7 @@ class App:
             batch=batch,
             max_batch=max_batch,
             start=start,
+            policy=policy,
             names=declaring_frame().f_locals,
         )
         first = self._handlers.get(handler.name)

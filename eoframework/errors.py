@@ -96,6 +96,38 @@ class HandlerMisuse(Permanent):
     """A handler did something that would break exactly-once processing; its unit of work was rolled back."""
 
 
+class RetryLater(EoError):
+    """Raised by a handler: not now. Rolled back and tried again, after `after` seconds if given.
+
+    It counts as an attempt like any failure, so that no message waits for ever.
+    """
+
+    def __init__(self, what: str = "the handler asked to be called again later", *, after: float | None = None) -> None:
+        super().__init__(what)
+        if after is not None and not 0 <= after <= 30 * 86400:
+            raise ValueError(f"RetryLater(after={after}): seconds, between 0 and 30 days")
+        self.after = after
+
+
+class Reject(EoError):
+    """Raised by a handler: this message will never do. Rolled back, and a dead letter at once with this reason."""
+
+
+class BatchItemFailed(EoError):
+    """Raised by a batch handler: the message at `index` of its list failed; all of it is rolled back.
+
+    The others run again without it, in order, and the error that it was raised from is the item's.
+    """
+
+    def __init__(self, index: int, what: str = "") -> None:
+        super().__init__(what or f"the message at index {index} of the batch failed")
+        self.index = index
+
+
+class ProcessDied(EoError):
+    """A message was in flight every time its process died."""
+
+
 class DecodeError(Permanent):
     """A record's bytes do not make the topic's payload; the record alone fails, not its batch."""
 

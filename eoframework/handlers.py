@@ -12,6 +12,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 from eoframework.errors import DeclarationError, HandlerMisuse
 from eoframework.message import Message
 from eoframework.payload_types import accepts, unwrap
+from eoframework.retry import AfterDead, FailurePolicy, Ordering
 from eoframework.topic import Topic
 from eoframework.tx import Tx
 
@@ -20,6 +21,7 @@ Start = Literal["earliest", "latest"]
 # No dot: the group is "<app>.<handler>", and two pairs must not make the same group.
 _NAME = re.compile(r"[a-z0-9_-]{1,100}")
 _BATCH_TYPES = (list, Sequence)
+_POLICY = FailurePolicy()
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,7 @@ class Handler:
     takes_messages: bool = False
     """Called with a Message, or a list of them, rather than with bare payloads."""
     takes_tx: bool = True
+    policy: FailurePolicy = _POLICY
 
     def call(self, message: Message[Any], tx: Tx) -> None:
         """Run the function for one message; whatever it raises comes out as it is."""
@@ -76,6 +79,7 @@ def declare(
     batch: bool,
     max_batch: int | None = None,
     start: Start = "earliest",
+    policy: FailurePolicy = _POLICY,
     names: Mapping[str, Any] | None = None,
 ) -> Handler:
     """Check a function's signature against its topic. `names` resolve annotations of local classes.
@@ -95,6 +99,7 @@ def declare(
         check.refuse(f"start={start!r}.", "Use 'earliest' or 'latest'.")
     if max_batch is not None and max_batch < 1:
         check.refuse(f"max_batch={max_batch}.", "A batch has at least one message.")
+    check.policy(policy)
     takes_messages, takes_tx = check.signature(batch=batch, names=names or {})
     return Handler(
         name=handler_name,
@@ -107,6 +112,7 @@ def declare(
         where=check.where,
         takes_messages=takes_messages,
         takes_tx=takes_tx,
+        policy=policy,
     )
 
 
@@ -129,6 +135,20 @@ class _Check:
             self.refuse("it is async.", _NO_ASYNC)
         if inspect.isgeneratorfunction(function):
             self.refuse("it is a generator.", "Its body would never run: publish with tx.publish(...), do not yield.")
+
+    def policy(self, policy: FailurePolicy) -> None:
+        for name, value, known in (
+            ("ordering", policy.ordering, get_args(Ordering)),
+            ("after_dead", policy.after_dead, get_args(AfterDead)),
+        ):
+            if value not in known:
+                self.refuse(f"{name}={value!r}.", f"Use one of {', '.join(map(repr, known))}.")
+        if policy.max_parked < 1:
+            self.refuse(f"max_parked={policy.max_parked}.", "At least one message must find room, or use retry=None.")
+        if policy.after_dead == "hold" and policy.ordering != "key":
+            self.refuse(
+                f"after_dead='hold' with ordering={policy.ordering!r}.", "Only a key can be held: use ordering='key'."
+            )
 
     def signature(self, *, batch: bool, names: Mapping[str, Any]) -> tuple[bool, bool]:
         """Whether the function wants Messages, and whether it wants the Tx."""

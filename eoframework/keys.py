@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import zlib
+from uuid import UUID
 
 ORDER_BUCKETS = 1024
 """How many advisory locks keep the order of all keys.
@@ -23,3 +25,8 @@ def shard_hash(key: bytes | None, message_id: bytes) -> int:
 def order_bucket(key: bytes) -> int:
     """The advisory-lock bucket of a key."""
     return zlib.crc32(key, 0x656F) % ORDER_BUCKETS
+
+
+def lane_of_key(key: bytes) -> UUID:
+    """What a parked message waits in: one lane for each key. Short, since a key may be larger than an index entry."""
+    return UUID(bytes=hashlib.sha256(key).digest()[:16])

@@ -71,7 +71,12 @@ class Settings(BaseSettings):
         default=20, description="the longest a handler may go on without touching the database"
     )
     offset_commit_interval: Seconds = 1.0
-    on_failure: Literal["stop", "pause"] = "stop"
+    on_failure: Literal["stop", "pause"] = Field(
+        default="stop", description="what a failing message does to a handler with retry=None"
+    )
+    failure_text: bool = Field(
+        default=True, description="keep an error's message and traceback, which may quote payloads, with what failed"
+    )
 
     processed_retention: Annotated[timedelta, BeforeValidator(_seconds)] = Field(
         default=timedelta(days=7), description="how long a message id is remembered, and so recognised as a duplicate"

@@ -79,10 +79,10 @@ def test_an_upgrade_that_fails_halfway_leaves_nothing(empty: Database, add_versi
 
 def test_an_older_schema_names_the_command(database: Database, add_version: AddVersion) -> None:
     add_version("op.execute('CREATE TABLE eo.next (i int)')")
-    with pytest.raises(SchemaOutOfDate, match=r"at version eo0001, this code needs eo0002.*Run: eo db upgrade"):
+    with pytest.raises(SchemaOutOfDate, match=r"at version eo0002, this code needs eo0003.*Run: eo db upgrade"):
         migrating.check(database)
-    assert migrating.upgrade(database) == "eo0002"
-    assert migrating.check(database) == "eo0002"
+    assert migrating.upgrade(database) == "eo0003"
+    assert migrating.check(database) == "eo0003"
 
 
 def test_a_newer_schema_is_left_alone(database: Database) -> None:
@@ -134,6 +134,25 @@ def test_alembic_in_the_repository(empty_url: str, empty: Database) -> None:
     assert 'CREATE TABLE "eo".position' in alembic("upgrade", "head", "--sql")
     alembic("downgrade", "base")
     assert tables(empty.engine) == set()
+
+
+def test_going_back_is_refused_while_messages_would_be_lost(database: Database) -> None:
+    """Seen to fail without the DO block in 0002's downgrade: the parked message was gone."""
+    with database.begin("test") as connection:
+        connection.execute(
+            text("""
+            WITH c AS (INSERT INTO eo.consumer (name, topic) VALUES ('a.b', 't') RETURNING id)
+            INSERT INTO eo.dead_letter (origin, consumer_id, topic_id, partition, "offset", message_id, topic, timestamp,
+                created_at, cause)
+            SELECT 'handler', id, gen_random_uuid(), 0, 0, gen_random_uuid(), 't', 0, now(), 'x' FROM c""")
+        )
+    with pytest.raises(EoError, match="going back would lose them"):
+        migrating.downgrade(database, "eo0001")
+    assert migrating.check(database) == migrating.head()
+    with database.begin("test") as connection:
+        connection.execute(text("DELETE FROM eo.dead_letter"))
+    assert migrating.downgrade(database, "eo0001") == "eo0001"
+    assert migrating.upgrade(database) == migrating.head()
 
 
 class TestWithoutRights:

@@ -1,0 +1,82 @@
+"""What is kept of a failure: plain values, capped, and without the message's content where the settings say so."""
+
+from __future__ import annotations
+
+import hashlib
+import sysconfig
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from uuid import UUID
+
+from eoframework.message import Record
+
+MAX_ERROR = 1_000
+MAX_TRACEBACK = 8_000
+
+_OURS = str(Path(__file__).parent)
+_INSTALLED = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+
+
+@dataclass(frozen=True, slots=True)
+class Cause:
+    """Why a message failed, as it is stored."""
+
+    error_class: str
+    fingerprint: str
+    """The same for failures of one class in one place of the application, whatever their text."""
+    place: str
+    """`file.py:function` of the application's innermost frame, empty without one."""
+    error: str | None = None
+    traceback: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.error_class}{f' in {self.place}' if self.place else ''}"
+
+
+@dataclass(frozen=True, slots=True)
+class Parked:
+    """A stored message that waits in its lane."""
+
+    lane: UUID
+    record: Record
+    attempts: int = 0
+    """How often the handler has failed on it."""
+    crashes: int = 0
+    """How often it was the one in flight when a process died."""
+
+
+def cause_of(error: Exception, *, text: bool) -> Cause:
+    """The cause to store; `text` allows the error's message and traceback, which may quote the payload."""
+    kind = type(error)
+    name = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    place = _application_frame(error.__traceback__)
+    fingerprint = hashlib.sha256(f"{name}\0{place}".encode()).hexdigest()[:12]
+    if not text:
+        return Cause(name[:200], fingerprint, place)
+    told = "".join(traceback.format_exception(error, chain=False))
+    return Cause(name[:200], fingerprint, place, _clean(_words(error), MAX_ERROR), _clean(told, MAX_TRACEBACK))
+
+
+def _application_frame(trace: TracebackType | None) -> str:
+    """The innermost frame that is neither ours nor a library's."""
+    found = ""
+    for frame in traceback.walk_tb(trace):
+        code = frame[0].f_code
+        if not code.co_filename.startswith((_OURS, *_INSTALLED, "<frozen")):
+            found = f"{Path(code.co_filename).name}:{code.co_name}"
+    return found
+
+
+def _words(error: Exception) -> str:
+    try:
+        return str(error)
+    except Exception:  # noqa: BLE001 - a broken __str__ must not keep its message from being set aside
+        return "(its text cannot be shown)"
+
+
+def _clean(text: str, limit: int) -> str:
+    # PostgreSQL stores no NUL, and a lone surrogate is no UTF-8: either would fail the transaction that sets aside.
+    text = text.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
+    return text if len(text) <= limit else f"{text[: limit - 20]} ... ({len(text)} long)"

@@ -1,0 +1,194 @@
+"""When a handler fails: parked messages, attempts, dead letters of handlers, audit; what reprocessing rests on.
+
+Revision ID: eo0002
+
+Expands only: code of eo0001 runs on this schema.
+"""
+
+from __future__ import annotations
+
+from alembic import context, op
+
+revision = "eo0002"
+down_revision = "eo0001"
+branch_labels = None
+depends_on = None
+
+_HOT = "autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000, autovacuum_vacuum_cost_delay = 0"
+
+_PLACE = """
+    consumer_id integer NOT NULL REFERENCES {eo}.consumer (id),
+    topic_id uuid NOT NULL,
+    partition integer NOT NULL
+"""
+_FAILURE = """
+    attempts integer NOT NULL DEFAULT 0 CHECK (attempts >= 0),
+    crashes integer NOT NULL DEFAULT 0 CHECK (crashes >= 0),
+    first_failed_at timestamptz,
+    last_failed_at timestamptz,
+    error_class text,
+    fingerprint text,
+    error text,
+    traceback text
+"""
+
+
+def _statements(eo: str) -> list[str]:
+    place, failure = _PLACE.replace("{eo}", eo), _FAILURE
+    return [
+        # A lane is what keeps its order: a key, or a message that has none.
+        f"""
+        CREATE TABLE {eo}.parked_key (
+            {place},
+            lane uuid NOT NULL,
+            key bytea,
+            due_at timestamptz NOT NULL,
+            held boolean NOT NULL DEFAULT false,
+            since timestamptz NOT NULL DEFAULT clock_timestamp(),
+            PRIMARY KEY (consumer_id, topic_id, partition, lane)
+        ) WITH (fillfactor = 70, {_HOT})""",
+        f"CREATE INDEX parked_key_due ON {eo}.parked_key (consumer_id, topic_id, partition, due_at) WHERE NOT held",
+        # The foreign key: whatever races with whatever, a lane is not opened while a message waits in it.
+        f"""
+        CREATE TABLE {eo}.parked_message (
+            {place},
+            lane uuid NOT NULL,
+            "offset" bigint NOT NULL,
+            topic text NOT NULL,
+            message_id uuid,
+            key bytea,
+            value bytea,
+            headers json,
+            timestamp bigint NOT NULL,
+            unreadable text NOT NULL DEFAULT '',
+            parked_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+            {failure},
+            PRIMARY KEY (consumer_id, topic_id, partition, lane, "offset"),
+            FOREIGN KEY (consumer_id, topic_id, partition, lane) REFERENCES {eo}.parked_key
+        ) WITH (fillfactor = 70, {_HOT})""",
+        # Messages that are tried again where they lie: a partition that waits, or one that was left by a crash.
+        f"""
+        CREATE TABLE {eo}.attempt (
+            {place},
+            "offset" bigint NOT NULL,
+            {failure},
+            PRIMARY KEY (consumer_id, topic_id, partition, "offset")
+        ) WITH (fillfactor = 70, {_HOT})""",
+        f"""
+        ALTER TABLE {eo}.dead_letter
+            ADD COLUMN consumer_id integer REFERENCES {eo}.consumer (id),
+            ADD COLUMN topic_id uuid,
+            ADD COLUMN partition integer,
+            ADD COLUMN "offset" bigint,
+            ADD COLUMN lane uuid,
+            ADD COLUMN timestamp bigint,
+            ADD COLUMN unreadable text NOT NULL DEFAULT '',
+            ADD COLUMN has_id boolean NOT NULL DEFAULT true,
+            ADD COLUMN holds boolean NOT NULL DEFAULT false,
+            ADD COLUMN attempts integer NOT NULL DEFAULT 0,
+            ADD COLUMN crashes integer NOT NULL DEFAULT 0,
+            ADD COLUMN first_failed_at timestamptz,
+            ADD COLUMN last_failed_at timestamptz,
+            ADD COLUMN error_class text,
+            ADD COLUMN fingerprint text,
+            ADD COLUMN error text,
+            ADD COLUMN traceback text,
+            ALTER COLUMN type DROP NOT NULL,
+            ALTER COLUMN source DROP NOT NULL,
+            ALTER COLUMN content_type DROP NOT NULL,
+            DROP CONSTRAINT dead_letter_origin_check,
+            ADD CONSTRAINT dead_letter_origin_check CHECK (
+                origin = 'outbox' AND type IS NOT NULL AND source IS NOT NULL AND content_type IS NOT NULL
+                OR origin = 'handler' AND num_nulls(consumer_id, topic_id, partition, "offset", timestamp) = 0)""",
+        # One message dies once: the second INSERT of the same place fails.
+        f"""
+        CREATE UNIQUE INDEX dead_letter_place ON {eo}.dead_letter (consumer_id, topic_id, partition, "offset")
+            WHERE origin = 'handler'""",
+        f"CREATE INDEX dead_letter_fingerprint ON {eo}.dead_letter (fingerprint)",
+        # Dead letters in a row, without a success between: what the breaker of a restarted worker goes on from.
+        f"ALTER TABLE {eo}.consumer ADD COLUMN dead_run integer NOT NULL DEFAULT 0",
+        f"""
+        CREATE TABLE {eo}.audit (
+            id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+            at timestamptz NOT NULL DEFAULT clock_timestamp(),
+            actor text NOT NULL,
+            action text NOT NULL,
+            subject text NOT NULL,
+            detail json NOT NULL
+        )""",
+        f"CREATE INDEX audit_subject ON {eo}.audit (subject, id)",
+        # Below this offset ids have been forgotten: sending those messages through again would repeat effects. What
+        # was pruned before this revision is not known, so everything before it counts as forgotten.
+        f"ALTER TABLE {eo}.position ADD COLUMN covered_from bigint NOT NULL DEFAULT 0",
+        f"UPDATE {eo}.position SET covered_from = next_offset",
+        f"""
+        CREATE TABLE {eo}.position_sample (
+            {place},
+            next_offset bigint NOT NULL,
+            at timestamptz NOT NULL DEFAULT clock_timestamp(),
+            PRIMARY KEY (consumer_id, topic_id, partition, at)
+        )""",
+        f"""
+        CREATE TABLE {eo}.external_call (
+            consumer_id integer NOT NULL REFERENCES {eo}.consumer (id),
+            message_id uuid NOT NULL,
+            name text NOT NULL,
+            fence bigint NOT NULL CHECK (fence > 0),
+            owner text NOT NULL,
+            lease_until timestamptz NOT NULL,
+            claimed_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+            done_at timestamptz,
+            result json,
+            PRIMARY KEY (consumer_id, message_id, name),
+            CHECK (result IS NULL OR done_at IS NOT NULL)
+        ) WITH (fillfactor = 70, {_HOT})""",
+        f"CREATE INDEX external_call_age ON {eo}.external_call USING brin (claimed_at)",
+        # Keys whose later outbox rows wait for a person, because an earlier one could not be sent.
+        f"""
+        CREATE TABLE {eo}.outbox_held (
+            topic text NOT NULL,
+            key_digest bytea NOT NULL,
+            dead_letter_id bigint NOT NULL REFERENCES {eo}.dead_letter (id),
+            since timestamptz NOT NULL DEFAULT clock_timestamp(),
+            PRIMARY KEY (topic, key_digest)
+        )""",
+    ]
+
+
+def upgrade() -> None:
+    for statement in _statements(_schema()):
+        op.execute(statement)
+
+
+def downgrade() -> None:
+    eo = _schema()
+    # What is parked would be lost without a word; dead letters of handlers are unknown to the older code.
+    op.execute(
+        f"""
+        DO $$ BEGIN
+            IF EXISTS (SELECT FROM {eo}.parked_message) OR EXISTS (SELECT FROM {eo}.dead_letter
+                WHERE origin = 'handler') OR EXISTS (SELECT FROM {eo}.outbox_held) THEN
+                RAISE EXCEPTION 'messages are parked, dead or held: going back would lose them. '
+                    'Let them run, or discard them with: eo dead discard';
+            END IF;
+        END $$"""
+    )
+    for table in "outbox_held external_call position_sample audit attempt parked_message parked_key".split():
+        op.execute(f"DROP TABLE {eo}.{table}")
+    op.execute(f"ALTER TABLE {eo}.position DROP COLUMN covered_from")
+    op.execute(f"ALTER TABLE {eo}.consumer DROP COLUMN dead_run")
+    columns = (
+        'consumer_id topic_id partition "offset" lane timestamp unreadable has_id holds attempts crashes '
+        "first_failed_at last_failed_at error_class fingerprint error traceback"
+    )
+    drops = ", ".join(f"DROP COLUMN {column}" for column in columns.split())
+    op.execute(
+        f"""
+        ALTER TABLE {eo}.dead_letter DROP CONSTRAINT dead_letter_origin_check, {drops},
+            ALTER COLUMN type SET NOT NULL, ALTER COLUMN source SET NOT NULL, ALTER COLUMN content_type SET NOT NULL,
+            ADD CONSTRAINT dead_letter_origin_check CHECK (origin IN ('outbox'))"""
+    )
+
+
+def _schema() -> str:
+    return str(context.config.attributes["eo_schema_quoted"])
