@@ -173,7 +173,8 @@ def downgrade() -> None:
             END IF;
         END $$"""
     )
-    for table in "outbox_held external_call position_sample audit attempt parked_message parked_key".split():
+    tables = "outbox_held external_call position_sample audit attempt parked_message parked_key"
+    for table in tables.split():
         op.execute(f"DROP TABLE {eo}.{table}")
     op.execute(f"ALTER TABLE {eo}.position DROP COLUMN covered_from")
     op.execute(f"ALTER TABLE {eo}.consumer DROP COLUMN dead_run")

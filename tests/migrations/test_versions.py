@@ -142,8 +142,8 @@ def test_going_back_is_refused_while_messages_would_be_lost(database: Database) 
         connection.execute(
             text("""
             WITH c AS (INSERT INTO eo.consumer (name, topic) VALUES ('a.b', 't') RETURNING id)
-            INSERT INTO eo.dead_letter (origin, consumer_id, topic_id, partition, "offset", message_id, topic, timestamp,
-                created_at, cause)
+            INSERT INTO eo.dead_letter (origin, consumer_id, topic_id, partition, "offset", message_id, topic,
+                timestamp, created_at, cause)
             SELECT 'handler', id, gen_random_uuid(), 0, 0, gen_random_uuid(), 't', 0, now(), 'x' FROM c""")
         )
     with pytest.raises(EoError, match="going back would lose them"):
