@@ -93,6 +93,7 @@ def _statements(eo: str) -> list[str]:
             ADD COLUMN fingerprint text,
             ADD COLUMN error text,
             ADD COLUMN traceback text,
+            ADD COLUMN outbox_seq bigint,
             ALTER COLUMN type DROP NOT NULL,
             ALTER COLUMN source DROP NOT NULL,
             ALTER COLUMN content_type DROP NOT NULL,
@@ -105,6 +106,7 @@ def _statements(eo: str) -> list[str]:
         CREATE UNIQUE INDEX dead_letter_place ON {eo}.dead_letter (consumer_id, topic_id, partition, "offset")
             WHERE origin = 'handler'""",
         f"CREATE INDEX dead_letter_fingerprint ON {eo}.dead_letter (fingerprint)",
+        f"CREATE INDEX dead_letter_outbox ON {eo}.dead_letter (id) WHERE origin = 'outbox'",
         # Dead letters in a row, without a success between: what the breaker of a restarted worker goes on from.
         f"ALTER TABLE {eo}.consumer ADD COLUMN dead_run integer NOT NULL DEFAULT 0",
         f"""
@@ -152,6 +154,8 @@ def _statements(eo: str) -> list[str]:
             since timestamptz NOT NULL DEFAULT clock_timestamp(),
             PRIMARY KEY (topic, key_digest)
         )""",
+        # Each deleted dead letter is looked for here, by the foreign key.
+        f"CREATE UNIQUE INDEX outbox_held_letter ON {eo}.outbox_held (dead_letter_id)",
     ]
 
 
@@ -178,9 +182,10 @@ def downgrade() -> None:
         op.execute(f"DROP TABLE {eo}.{table}")
     op.execute(f"ALTER TABLE {eo}.position DROP COLUMN covered_from")
     op.execute(f"ALTER TABLE {eo}.consumer DROP COLUMN dead_run")
+    op.execute(f"DROP INDEX {eo}.dead_letter_outbox")
     columns = (
         'consumer_id topic_id partition "offset" lane timestamp unreadable has_id holds attempts crashes '
-        "first_failed_at last_failed_at error_class fingerprint error traceback"
+        "first_failed_at last_failed_at error_class fingerprint error traceback outbox_seq"
     )
     drops = ", ".join(f"DROP COLUMN {column}" for column in columns.split())
     op.execute(
