@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from eoframework.errors import HandlerMisuse as HandlerMisuse
     from eoframework.errors import Reject as Reject
     from eoframework.errors import RetryLater as RetryLater
+    from eoframework.external import External as External
+    from eoframework.external import ExternalCall as ExternalCall
+    from eoframework.external import NotDone as NotDone
     from eoframework.message import Message as Message
     from eoframework.retry import Breaker as Breaker
     from eoframework.retry import Retry as Retry
@@ -34,12 +37,15 @@ _HOMES = {
     "exponential": "retry",
     "fixed": "retry",
     "Breaker": "retry",
+    "External": "external",
     # inside a handler
     "Message": "message",
     "Tx": "tx",
     "RetryLater": "errors",
     "Reject": "errors",
     "BatchItemFailed": "errors",
+    "ExternalCall": "external",
+    "NotDone": "external",
     # errors
     "EoError": "errors",
     "ConfigurationError": "errors",
@@ -57,11 +63,14 @@ __all__ = [  # noqa: RUF022 - in the groups above
     "exponential",
     "fixed",
     "Breaker",
+    "External",
     "Message",
     "Tx",
     "RetryLater",
     "Reject",
     "BatchItemFailed",
+    "ExternalCall",
+    "NotDone",
     "EoError",
     "ConfigurationError",
     "DeclarationError",

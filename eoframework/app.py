@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, Concatenate, Generic, ParamSpec, overload
 from uuid import UUID
@@ -19,6 +19,7 @@ from eoframework.db.outbox import Outbox
 from eoframework.db.publishing import PublishTarget
 from eoframework.db.session import Database, open_database
 from eoframework.errors import ConfigurationError, DeclarationError
+from eoframework.external import External
 from eoframework.handlers import Handler, Start, declare
 from eoframework.message import Message
 from eoframework.parts import Part
@@ -127,6 +128,7 @@ class App:
         dead_letter_topic: bool = False,
         max_parked: int = 10_000,
         breaker: Breaker | None = _BREAKER,
+        external: Sequence[External] = (),
     ) -> HandlerDecorator[T]:
         """Call the decorated function for every message of `topic`, each in one database transaction.
 
@@ -139,10 +141,13 @@ class App:
         failing message: its "key", its whole "partition", or "none". after_dead: whether its key goes on ("continue")
         or is held until a person has decided ("hold"). dead_letter_topic: dead letters are published to `<group>.dlt`
         too. max_parked: with so many messages waiting, partitions pause. breaker: stops the consumer (exit code 70)
-        when too many would die. Raises DeclarationError with file and line.
+        when too many would die. external: calls outside the database, made before the transaction begins, one message
+        at a time; see External. Raises DeclarationError with file and line.
         """
         policy = FailurePolicy(retry, ordering, after_dead, dead_letter_topic, max_parked, breaker)
-        return HandlerDecorator(lambda f: self._declare(f, topic, policy, name=name, start=start))
+        return HandlerDecorator(
+            lambda f: self._declare(f, topic, policy, name=name, start=start, external=tuple(external))
+        )
 
     def batch_handler(
         self,
@@ -281,6 +286,7 @@ class App:
         start: Start,
         batch: bool = False,
         max_batch: int | None = None,
+        external: Sequence[External] = (),
     ) -> None:
         if not isinstance(topic, Topic):
             raise DeclarationError(
@@ -296,6 +302,7 @@ class App:
             max_batch=max_batch,
             start=start,
             policy=policy,
+            external=external,
             names=declaring_frame().f_locals,
         )
         first = self._handlers.get(handler.name)

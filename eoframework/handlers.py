@@ -10,6 +10,7 @@ from types import FunctionType
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from eoframework.errors import DeclarationError, HandlerMisuse
+from eoframework.external import External
 from eoframework.message import Message
 from eoframework.payload_types import accepts, unwrap
 from eoframework.retry import AfterDead, FailurePolicy, Ordering
@@ -42,6 +43,8 @@ class Handler:
     """Called with a Message, or a list of them, rather than with bare payloads."""
     takes_tx: bool = True
     policy: FailurePolicy = _POLICY
+    external: tuple[External, ...] = ()
+    """Called for each message before its transaction begins, in this order."""
 
     def call(self, message: Message[Any], tx: Tx) -> None:
         """Run the function for one message; whatever it raises comes out as it is."""
@@ -80,6 +83,7 @@ def declare(
     max_batch: int | None = None,
     start: Start = "earliest",
     policy: FailurePolicy = _POLICY,
+    external: Sequence[External] = (),
     names: Mapping[str, Any] | None = None,
 ) -> Handler:
     """Check a function's signature against its topic. `names` resolve annotations of local classes.
@@ -100,6 +104,7 @@ def declare(
     if max_batch is not None and max_batch < 1:
         check.refuse(f"max_batch={max_batch}.", "A batch has at least one message.")
     check.policy(policy)
+    check.external(external, batch=batch, names=names or {})
     takes_messages, takes_tx = check.signature(batch=batch, names=names or {})
     return Handler(
         name=handler_name,
@@ -113,6 +118,7 @@ def declare(
         takes_messages=takes_messages,
         takes_tx=takes_tx,
         policy=policy,
+        external=tuple(external),
     )
 
 
@@ -149,6 +155,18 @@ class _Check:
             self.refuse(
                 f"after_dead='hold' with ordering={policy.ordering!r}.", "Only a key can be held: use ordering='key'."
             )
+
+    def external(self, external: Sequence[External], *, batch: bool, names: Mapping[str, Any]) -> None:
+        if external and batch:
+            self.refuse("external=... on a batch handler.", "A call belongs to one message: use @app.handler.")
+        seen: set[str] = set()
+        for one in external:
+            if not isinstance(one, External):
+                self.refuse(f"external={one!r}.", "Give a list of External(name, function).")
+            if one.name in seen:
+                self.refuse(f"two external calls are named {one.name!r}.", "Their results would be one: rename one.")
+            seen.add(one.name)
+            one.check(self._topic.payload_type, names)
 
     def signature(self, *, batch: bool, names: Mapping[str, Any]) -> tuple[bool, bool]:
         """Whether the function wants Messages, and whether it wants the Tx."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from datetime import datetime, timedelta
+from typing import Any
 from uuid import UUID
 
 from sqlalchemy.orm import Session
@@ -11,7 +12,8 @@ from typing_extensions import TypeVar
 
 from eoframework.cloudevents import traceparent_of
 from eoframework.db.savepoints import SessionBuffer
-from eoframework.errors import HandlerMisuse
+from eoframework.errors import BatchItemFailed, HandlerMisuse, Retryable
+from eoframework.external import Results
 from eoframework.message import Message, OutboxMessage, Source, derived_id
 from eoframework.parts import Part
 from eoframework.topic import Topic
@@ -19,6 +21,7 @@ from eoframework.topic import Topic
 T = TypeVar("T")
 
 _INFO = "eoframework.tx"
+_NO_RESULTS: Results = {}
 
 
 class Tx:
@@ -35,6 +38,8 @@ class Tx:
         self._message: Message[object] | None = None
         self._sources: dict[tuple[int, int], Source] = {}
         self._published: dict[tuple[int, int], int] = {}
+        self._failed: dict[int, Exception] | None = None
+        self._external = _NO_RESULTS
         # So that code which is handed only the Session and says app.publish(session, ...) takes part here.
         session.info[_INFO] = self
 
@@ -81,11 +86,44 @@ class Tx:
         )
         self._buffer.add(message)
 
+    def external(self, name: str) -> Any:
+        """The stored result of the handler's External of this name, as JSON gave it back; never a call.
+
+        Raises HandlerMisuse when the handler declares none.
+        """
+        if self._external is None:
+            # Its id stood there when the calls were to be made, and was taken away since: it is being replayed.
+            raise Retryable(f"{self._consumer}: {self._message} was processed a moment ago, and is to run again.")
+        if name not in self._external:
+            raise HandlerMisuse(
+                f"{self._consumer}: tx.external({name!r}): there is no result of that name.",
+                remedy="Declare it: @app.handler(topic, external=[External(...)]). When a message is only tried, no "
+                "call is made, and there may be none yet.",
+            )
+        return self._external[name]
+
+    def fail(self, item: int | Message[object], error: Exception | str) -> None:
+        """In a batch handler: this message failed, the others count. Nothing of it may have been done, or published.
+
+        item: its index in the list, or the message. It is retried, parked or given up as if it had been alone; later
+        messages of its key in this list run again behind it. Raises HandlerMisuse.
+        """
+        places = list(self._sources)
+        index = item if isinstance(item, int) else _index(places, (item.partition, item.offset))
+        if self._failed is None or not 0 <= index < len(places):
+            raise HandlerMisuse(
+                f"{self._consumer}: tx.fail({item}): "
+                + ("no such message." if self._failed is not None else "no batch."),
+                remedy="Give the index in the list a batch handler was called with; elsewhere raise the error.",
+            )
+        self._failed[index] = error if isinstance(error, Exception) else BatchItemFailed(index, error)
+
     # --- for the executor ---
 
-    def enter(self, message: Message[object], source: Source) -> None:
-        """The handler is about to be called for `message`."""
+    def enter(self, message: Message[object], source: Source, external: Results = _NO_RESULTS) -> None:
+        """The handler is about to be called for `message`; `external`: the results of its calls."""
         self._message = message
+        self._external = external
         self._sources = {(source.partition, source.offset): source}
         self._published = {}
 
@@ -94,6 +132,13 @@ class Tx:
         self._message = None
         self._sources = {(source.partition, source.offset): source for source in sources}
         self._published = {}
+        self._failed = {}
+        self._external = _NO_RESULTS
+
+    def take_failed(self) -> dict[int, Exception]:
+        """What the batch handler named as failed: index -> error."""
+        failed, self._failed = self._failed or {}, None
+        return failed
 
     def take_outbox(self) -> list[OutboxMessage]:
         """What the handler published and did not roll back, in its order."""
@@ -123,3 +168,7 @@ def tx_of(session: Session) -> Tx | None:
     """The unit of work that a Session belongs to; None for a Session of the user's own."""
     found = session.info.get(_INFO)
     return found if isinstance(found, Tx) else None
+
+
+def _index(places: list[tuple[int, int]], place: tuple[int, int]) -> int:
+    return places.index(place) if place in places else -1

@@ -135,16 +135,23 @@ def _statements(eo: str) -> list[str]:
             consumer_id integer NOT NULL REFERENCES {eo}.consumer (id),
             message_id uuid NOT NULL,
             name text NOT NULL,
+            id bigint GENERATED ALWAYS AS IDENTITY,
+            partition integer NOT NULL,
+            "offset" bigint NOT NULL,
             fence bigint NOT NULL CHECK (fence > 0),
-            owner text NOT NULL,
+            calls integer NOT NULL CHECK (calls > 0),
+            owner text,
             lease_until timestamptz NOT NULL,
             claimed_at timestamptz NOT NULL DEFAULT clock_timestamp(),
             done_at timestamptz,
+            settled_at timestamptz,
+            error_class text,
             result json,
             PRIMARY KEY (consumer_id, message_id, name),
             CHECK (result IS NULL OR done_at IS NOT NULL)
         ) WITH (fillfactor = 70, {_HOT})""",
         f"CREATE INDEX external_call_age ON {eo}.external_call USING brin (claimed_at)",
+        f"CREATE INDEX external_call_open ON {eo}.external_call (id) WHERE done_at IS NULL",
         # Keys whose later outbox rows wait for a person, because an earlier one could not be sent.
         f"""
         CREATE TABLE {eo}.outbox_held (
