@@ -1,0 +1,139 @@
+"""Parked lanes in an operator's hands: what waits, since when, until when, and for what. Reads only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Literal
+from uuid import UUID
+
+from eoframework.db.dead_letter_desk import DeadFilter
+from eoframework.db.outbox import decode_headers
+from eoframework.db.session import Database
+from eoframework.errors import NotFound
+from eoframework.message import Record
+
+LaneState = Literal["held", "due", "waiting"]
+
+_COLUMNS = {
+    **dict.fromkeys(("handler", "app"), "c.name"),
+    "topic": "coalesce(h.topic, '')",
+    "key": "k.key",
+    "error": "coalesce(h.error_class, '')",
+    "fingerprint": "coalesce(h.fingerprint, '')",
+    **dict.fromkeys(("since", "until"), "k.since"),
+}
+_LANES = """
+SELECT k.consumer_id, k.topic_id, k.partition, k.lane, c.name, k.key, k.due_at, k.held,
+    k.due_at <= clock_timestamp(), k.since, (SELECT count(*) FROM {eo}.parked_message m WHERE
+        (m.consumer_id, m.topic_id, m.partition, m.lane) = (k.consumer_id, k.topic_id, k.partition, k.lane)),
+    h.topic, h."offset", h.attempts, h.crashes, h.error_class, h.fingerprint
+FROM {eo}.parked_key k JOIN {eo}.consumer c ON c.id = k.consumer_id
+LEFT JOIN LATERAL (SELECT * FROM {eo}.parked_message m WHERE
+    (m.consumer_id, m.topic_id, m.partition, m.lane) = (k.consumer_id, k.topic_id, k.partition, k.lane)
+    ORDER BY m."offset" LIMIT 1) h ON true
+WHERE {conditions} ORDER BY k.consumer_id, k.topic_id, k.partition, k.lane LIMIT %(limit)s
+"""
+_AFTER = " AND (k.consumer_id, k.topic_id, k.partition, k.lane) > (%(c)s, %(t)s::uuid, %(p)s, %(l)s::uuid)"
+_MESSAGES = """
+SELECT m.topic, m.partition, m."offset", m.key, substring(m.value FROM 1 FOR %(bytes)s), m.headers, m.timestamp,
+    m.unreadable, m.message_id, m.parked_at, m.attempts, m.crashes, m.first_failed_at, m.last_failed_at,
+    m.error_class, m.fingerprint, m.error, coalesce(octet_length(m.value), 0)
+FROM {eo}.parked_message m WHERE m.consumer_id = %(c)s AND m.topic_id = %(t)s AND m.partition = %(p)s
+    AND m.lane = %(l)s AND m."offset" > %(after)s ORDER BY m."offset" LIMIT %(limit)s
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class ParkedLane:
+    """A key whose messages wait, or one message that has none; with its first message."""
+
+    consumer_id: int
+    topic_id: UUID
+    partition: int
+    lane: UUID
+    consumer: str
+    key: bytes | None
+    due_at: datetime
+    held: bool
+    overdue: bool
+    since: datetime
+    messages: int
+    topic: str | None
+    offset: int | None
+    attempts: int | None
+    crashes: int | None
+    error_class: str | None
+    fingerprint: str | None
+
+    @property
+    def state(self) -> LaneState:
+        """held: a person has to decide; due: it runs as soon as its owner comes to it; waiting: not before due_at."""
+        if self.held:
+            return "held"
+        return "due" if self.overdue else "waiting"
+
+    @property
+    def cursor(self) -> str:
+        """Where the next page begins."""
+        return f"{self.consumer_id}.{self.topic_id}.{self.partition}.{self.lane}"
+
+
+@dataclass(frozen=True, slots=True)
+class ParkedMessage:
+    """One message in its lane. `record.value` holds its beginning only."""
+
+    record: Record
+    message_id: UUID | None
+    parked_at: datetime
+    attempts: int
+    crashes: int
+    first_failed_at: datetime | None
+    last_failed_at: datetime | None
+    error_class: str | None
+    fingerprint: str | None
+    error: str | None
+    size: int
+
+
+class LaneDesk:
+    """Each call is one transaction."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def lanes(self, which: DeadFilter, *, after: str | None, limit: int) -> list[ParkedLane]:
+        """The lanes behind a cursor, in a fixed order. Raises NotFound for a cursor that is none."""
+        conditions, values = which.conditions(_COLUMNS)
+        if after is not None:
+            conditions += _AFTER
+            values |= _cursor(after)
+        rows = self._read(_LANES.replace("{conditions}", conditions), {**values, "limit": limit})
+        return [ParkedLane(*row) for row in rows]
+
+    def messages(self, lane: ParkedLane, *, after: int, limit: int, preview: int) -> list[ParkedMessage]:
+        """What waits in a lane behind an offset, in its order."""
+        place = {"c": lane.consumer_id, "t": lane.topic_id, "p": lane.partition, "l": lane.lane}
+        rows = self._read(_MESSAGES, {**place, "after": after, "limit": limit, "bytes": preview})
+        return [_message(row) for row in rows]
+
+    def _read(self, template: str, values: dict[str, object]) -> Sequence[Any]:
+        with self._database.begin("reading parked messages") as connection:
+            return connection.exec_driver_sql(self._database.schema.sql(template), values).all()
+
+
+def _cursor(text: str) -> dict[str, object]:
+    try:
+        consumer, topic, partition, lane = text.split(".")
+        return {"c": int(consumer), "t": UUID(topic), "p": int(partition), "l": UUID(lane)}
+    except ValueError as error:
+        raise NotFound(
+            f"{text!r} is no place in the list of lanes.", remedy="Give the one a page ended with."
+        ) from error
+
+
+def _message(row: Any) -> ParkedMessage:
+    topic, partition, offset, key, value, headers, timestamp, unreadable = row[:8]
+    record = Record(topic, partition, offset, key, value, tuple(decode_headers(headers)), timestamp, unreadable)
+    return ParkedMessage(record, *row[8:])
