@@ -56,7 +56,7 @@ def cause_of(error: Exception, *, text: bool) -> Cause:
     if not text:
         return Cause(name[:200], fingerprint, place)
     told = "".join(traceback.format_exception(error, chain=False))
-    return Cause(name[:200], fingerprint, place, _clean(_words(error), MAX_ERROR), _clean(told, MAX_TRACEBACK))
+    return Cause(name[:200], fingerprint, place, clean(_words(error), MAX_ERROR), clean(told, MAX_TRACEBACK))
 
 
 def _application_frame(trace: TracebackType | None) -> str:
@@ -76,7 +76,8 @@ def _words(error: Exception) -> str:
         return "(its text cannot be shown)"
 
 
-def _clean(text: str, limit: int) -> str:
+def clean(text: str, limit: int) -> str:
+    """The text as PostgreSQL can store it, at most `limit` characters."""
     # PostgreSQL stores no NUL, and a lone surrogate is no UTF-8: either would fail the transaction that sets aside.
     text = text.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
     return text if len(text) <= limit else f"{text[: limit - 20]} ... ({len(text)} long)"

@@ -40,8 +40,10 @@ _PURGED = frozenset({KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT})
 class Rejected(Permanent):
     """Kafka refuses something in this batch; which record it is, a batch cannot tell."""
 
-    def __init__(self, what: str, *, topic: str | None, topic_trouble: bool) -> None:
+    def __init__(self, what: str, *, topic: str | None, topic_trouble: bool, kind: str) -> None:
+        """`kind` is Kafka's name of the error, such as MSG_SIZE_TOO_LARGE."""
         super().__init__(what)
+        self.kind = kind
         self.topic = topic
         self.topic_trouble = topic_trouble
 
@@ -101,7 +103,7 @@ class BatchProducer:
             self.broken = self.broken or kafka_error(error).fatal()
             return _fault(kafka_error(error), topic)
         what = f"the Kafka client cannot send this record to {topic}: {error}."
-        return Rejected(what, topic=topic, topic_trouble=False)
+        return Rejected(what, topic=topic, topic_trouble=False, kind=type(error).__name__)
 
     def flush(self) -> None:
         """Wait until Kafka has confirmed every record queued.
@@ -136,7 +138,8 @@ class BatchProducer:
         fault = kafka_error(error)
         self.broken = self.broken or fault.fatal()
         if is_topic_trouble(fault):
-            return Rejected(f"{what}: {fault.name()}: {fault.str()}.", topic=None, topic_trouble=True)
+            text = f"{what}: {fault.name()}: {fault.str()}."
+            return Rejected(text, topic=None, topic_trouble=True, kind=fault.name())
         return classify(fault, what)
 
     def _flush_slice(self) -> int:
@@ -168,10 +171,10 @@ class BatchProducer:
 
 def _fault(error: KafkaError, topic: str | None) -> EoError:
     what = f"sending to {topic}"
-    if is_topic_trouble(error):
-        return Rejected(f"{what}: {error.name()}: {error.str()}.", topic=topic, topic_trouble=True)
-    if error.code() in _OF_THE_RECORD:
-        return Rejected(f"{what}: {error.name()}: {error.str()}.", topic=topic, topic_trouble=False)
+    trouble = is_topic_trouble(error)
+    if trouble or error.code() in _OF_THE_RECORD:
+        text = f"{what}: {error.name()}: {error.str()}."
+        return Rejected(text, topic=topic, topic_trouble=trouble, kind=error.name())
     found = classify(error, what)
     return Abortable(found.what) if isinstance(found, Permanent) else found
 

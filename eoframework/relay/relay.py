@@ -19,9 +19,10 @@ from typing import Protocol
 from eoframework import clock, events
 from eoframework.checkpoint import Checkpoint, digest_of, transactional_id
 from eoframework.cloudevents import outgoing_headers
-from eoframework.db.pending import OutboxRow, PendingRows
+from eoframework.db.pending import MALFORMED, OutboxRow, PendingRows, Refusal
 from eoframework.db.shards import Claim, ShardLost, Shards
 from eoframework.errors import Abortable, Fenced, RestartNeeded, Retryable
+from eoframework.failures import MAX_ERROR, clean
 from eoframework.kafka.checkpoint import CheckpointLog, CheckpointPlace
 from eoframework.kafka.config import producer_config, transactional_config
 from eoframework.kafka.producer import IdempotentProducer, Outgoing, Rejected
@@ -225,19 +226,24 @@ class ShardRelay:
         elif rejected.topic_trouble:
             self._topics.pause(rows[0].topic, rejected.what)
         else:
-            self._bury(rows[0], rejected.what)
+            self._bury(rows[0], Refusal(rejected.what, rejected.kind))
 
-    def _bury(self, row: OutboxRow, cause: str) -> None:
-        # First make sure that the transaction it was in did not happen after all.
+    def _bury(self, row: OutboxRow, refusal: Refusal) -> None:
+        # First make sure that the transaction it was in did not happen after all. That also makes its number fit to be
+        # used again: it stands in no committed checkpoint.
         self._settle()
-        self._rows.bury(self.claim, row, cause)
+        events.emit("relay.refused", shard=self.claim.shard, id=row.id)
+        hold = self._around.settings.relay_after_dead == "hold"
+        letter = self._rows.bury(self.claim, row, refusal, hold=hold)
         _log.error(
-            "outbox message %s for %s can never be sent: %s It is in the dead letters; the others flow.",
+            "outbox message %s for %s can never be sent: %s It is dead letter %d; %s the others flow.",
             row.id,
             row.topic,
-            cause,
+            clean(refusal.what, MAX_ERROR),
+            letter.dead_letter,
+            "the later ones of its key wait (eo outbox retry, or discard)," if letter.holds else "",
         )
-        events.emit("relay.dead_lettered", shard=self.claim.shard, id=row.id, cause=cause)
+        events.emit("relay.dead_lettered", shard=self.claim.shard, id=row.id, dead_letter=letter.dead_letter)
 
     def _wait_after(self, error: Exception) -> float:
         self._settled = False
@@ -267,6 +273,8 @@ class ShardRelay:
 
 
 def _record(row: OutboxRow) -> Outgoing:
+    if row.unreadable:
+        raise Rejected(row.unreadable, topic=row.topic, topic_trouble=False, kind=MALFORMED)
     headers = outgoing_headers(
         id=row.id,
         source=row.source,

@@ -99,11 +99,14 @@ class RelayWorker:
                 self._drain_to = self._due_and_last()
             paused = self._topics().paused()
             left = self._rows.any_left(up_to=self._drain_to, paused=paused, among=self._mine())
+            held = 0 if left else self._rows.held_keys()
         except Retryable as error:
             _log.debug("cannot tell yet whether the outbox is drained: %s", error)
             return False
         if not left and paused:
             _log.warning("rows of paused topics stay in the outbox: %s.", ", ".join(sorted(paused)))
+        if held:
+            _log.warning("rows of %d keys stay in the outbox, behind dead letters: eo outbox ls.", held)
         return not left
 
     def close(self) -> None:
