@@ -17,6 +17,7 @@ from sqlalchemy import Connection
 
 from eoframework import events
 from eoframework.db import audit
+from eoframework.db.external_calls import ExternalCallRows
 from eoframework.db.faults import classified
 from eoframework.db.outbox import decode_headers
 from eoframework.db.parking import Parking, Waiting
@@ -188,6 +189,7 @@ class DeadLetterDesk:
     def __init__(self, database: Database) -> None:
         self._database = database
         self._parking = Parking(database.schema)
+        self._calls = ExternalCallRows(database.schema)
 
     # --- reading ---
 
@@ -267,6 +269,7 @@ class DeadLetterDesk:
             if holds and not self._run(connection, _OTHER_HOLDS, lane)[0][0]:
                 self._run(connection, _RELEASE, lane, rows=False)
                 self._run(connection, _OPEN, lane, rows=False)
+            self._calls.settle(connection, letter.consumer_id, letter.message_id)
             self._record(connection, letter, "dead.discard", actor)
 
     def _take(self, connection: Connection, letter: DeadLetter) -> bool:

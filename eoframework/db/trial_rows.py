@@ -1,0 +1,194 @@
+"""What a transaction has changed so far, row by row, and a lock on its COMMIT.
+
+New versions are the rows whose xmin is not older than our transaction: its snapshot hides what others committed since,
+and the savepoints' own transaction numbers are higher. The versions before are read by a second transaction on the
+same snapshot. (PostgreSQL manual, "System Columns", "Snapshot Synchronization Functions".)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sqlalchemy import Connection, Engine, exc
+
+from eoframework.db.faults import sqlstate_of
+from eoframework.db.session import Database
+
+ChangeKind = Literal["insert", "update", "delete", "write"]
+Row = Mapping[str, Any]
+
+# Whoever sends COMMIT, by whatever way past the guards of the client, gets an error from the server instead.
+_GUARD = """
+CREATE TEMPORARY TABLE eo_trial (only_one int UNIQUE DEFERRABLE INITIALLY DEFERRED) ON COMMIT DROP;
+INSERT INTO pg_temp.eo_trial VALUES (1), (1)
+"""
+# As at a COMMIT: deferred constraints of the application's own may refuse what the handler did.
+_CHECK = "DELETE FROM pg_temp.eo_trial; SET CONSTRAINTS ALL IMMEDIATE"
+_TOUCHED = """
+SELECT format('%%I.%%I', s.schemaname, s.relname) AS name, s.n_tup_ins, s.n_tup_upd, s.n_tup_del,
+    age(c.xmin) BETWEEN -10000000 AND 0 AS rewritten,
+    coalesce((SELECT json_agg(json_build_array(quote_ident(a.attname), format_type(a.atttypid, a.atttypmod))
+            ORDER BY a.attnum) FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid
+            AND a.attnum = ANY(i.indkey) WHERE i.indrelid = s.relid AND i.indisprimary), '[]') AS key
+FROM pg_stat_xact_user_tables s JOIN pg_class c ON c.oid = s.relid
+WHERE c.relkind = 'r' AND s.schemaname <> %(eo)s AND s.schemaname NOT LIKE 'pg\\_temp%%'
+    AND (s.n_tup_ins + s.n_tup_upd + s.n_tup_del > 0 OR age(c.xmin) BETWEEN -10000000 AND 0)
+ORDER BY name
+"""
+# age() counts from our own number, so it is 0 or less for what is ours; far below 0 are numbers of the last turn.
+_NEW = "SELECT to_json(t), {key} FROM ONLY {table} t WHERE age(t.xmin) BETWEEN -10000000 AND 0 LIMIT %(limit)s"
+_OLD = "SELECT to_json(t) FROM ONLY {table} t WHERE {match}"
+# A deleted row's old version carries its deleter in xmax; so does one that was only locked, by anybody, at any time.
+_SUSPECTS = "SELECT to_json(t), {key} FROM ONLY {table} t WHERE t.xmax <> '0'::xid"
+_STILL_THERE = "SELECT EXISTS (SELECT FROM ONLY {table} t WHERE {match})"
+
+_UNREADABLE = {
+    "42501": "the database role may not read it",
+    "42P01": "it was not there before",
+    "55P03": "it is locked as a whole (TRUNCATE, or a change of its definition)",
+    "57014": "it is too large to be searched within EO_STATEMENT_TIMEOUT",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class RowChange:
+    """One row before and after; `write` where the table has no primary key by which to find it before."""
+
+    kind: ChangeKind
+    before: Row | None
+    after: Row | None
+
+
+@dataclass(frozen=True, slots=True)
+class TableChanges:
+    """What changed in one table; a partition is a table of its own."""
+
+    table: str
+    changes: tuple[RowChange, ...]
+    more: bool = False
+    """Whether there are more changes than were asked for."""
+    note: str = ""
+    """What could not be found out, and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Table:
+    key: list[tuple[str, str]]
+    """The columns of the primary key and their types."""
+    name: str
+    inserted: int
+    updated: int
+    deleted: int
+    rewritten: bool
+
+    def sql(self, template: str) -> str:
+        """`template` for this table; key values travel as text, whatever their type."""
+        columns = ", ".join(f"t.{name}::text" for name, _ in self.key) or "NULL"
+        match = " AND ".join(f"t.{name} = CAST(%(k{i})s AS {kind})" for i, (name, kind) in enumerate(self.key))
+        names = {"{table}": self.name.replace("%", "%%"), "{key}": columns, "{match}": match}
+        for mark, text in names.items():
+            template = template.replace(mark, text)
+        return template
+
+
+class RowWatch:
+    """Compares inside one REPEATABLE READ transaction; nothing of it is ever committed."""
+
+    def __init__(self, database: Database, connection: Connection, *, limit: int) -> None:
+        """Must be the first user of the transaction: what was written before it would count as the handler's."""
+        self._schema = database.schema.name
+        self._limit = limit
+        self._connection = connection
+        self._snapshot = str(connection.exec_driver_sql("SELECT pg_export_snapshot()").scalar_one())
+        _script(connection, _GUARD)
+
+    def check_constraints(self) -> None:
+        """Check deferred constraints as a COMMIT would; the lock on COMMIT is gone then."""
+        _script(self._connection, _CHECK)
+
+    def changes(self, engine: Engine) -> tuple[TableChanges, ...]:
+        """Every table of the application that was written, with at most `limit` of its rows."""
+        rows = self._connection.exec_driver_sql(_TOUCHED, {"eo": self._schema})
+        tables = [_Table([(name, kind) for name, kind in row.key], *row[:5]) for row in rows]
+        with self._before(engine) as before:
+            found = [self._table(table, before) for table in tables]
+        return tuple(table for table in found if table.changes or table.note)
+
+    @contextmanager
+    def _before(self, engine: Engine) -> Iterator[Connection]:
+        with engine.connect() as connection:
+            connection.execution_options(isolation_level="REPEATABLE READ")
+            with connection.begin():
+                _script(connection, f"SET TRANSACTION SNAPSHOT '{self._snapshot}'")
+                # The other side of such a lock is our own transaction, which waits for this one.
+                _script(connection, "SET LOCAL lock_timeout = '500ms'; SET TRANSACTION READ ONLY")
+                yield connection
+
+    def _table(self, table: _Table, before: Connection) -> TableChanges:
+        try:
+            with self._connection.begin_nested(), before.begin_nested():
+                return self._compare(table, before)
+        except exc.DBAPIError as error:
+            why = _UNREADABLE.get(sqlstate_of(error) or "")
+            if why is None:
+                raise
+            counts = f"{table.inserted} inserts, {table.updated} updates, {table.deleted} deletes"
+            return TableChanges(table.name, (), note=f"{why}; {counts}")
+
+    def _compare(self, table: _Table, before: Connection) -> TableChanges:
+        fresh = self._connection.exec_driver_sql(table.sql(_NEW), {"limit": self._limit + 1}).all()
+        if not table.key:
+            return self._without_key(table, fresh)
+        changes = [_changed(_first(before, table, row[1:]), row[0]) for row in fresh]
+        created = sum(change.kind == "insert" for change in changes)
+        # A changed primary key is a row that is gone and one that is new.
+        if table.deleted or table.rewritten or created > table.inserted:
+            changes += self._gone(table, before)
+        real = [change for change in changes if change.before != change.after]
+        return TableChanges(table.name, tuple(real[: self._limit]), more=len(real) > self._limit)
+
+    def _gone(self, table: _Table, before: Connection) -> list[RowChange]:
+        gone: list[RowChange] = []
+        streamed = {"stream_results": True, "max_row_buffer": 500}
+        sql = table.sql(_ALL if table.rewritten else _SUSPECTS)
+        with before.exec_driver_sql(sql, {}, execution_options=streamed) as suspects:
+            for row in suspects:
+                values = _key(row[1:])
+                if not self._connection.exec_driver_sql(table.sql(_STILL_THERE), values).scalar_one():
+                    gone.append(RowChange("delete", row[0], None))
+                if len(gone) > self._limit or len(gone) == table.deleted + table.updated > 0:
+                    break
+        return gone
+
+    def _without_key(self, table: _Table, fresh: Sequence[Any]) -> TableChanges:
+        only_new = not (table.updated or table.deleted or table.rewritten)
+        kind: ChangeKind = "insert" if only_new else "write"
+        note = (
+            "" if only_new else f"no primary key to find the rows before: {table.updated} updated, {table.deleted} gone"
+        )
+        changes = tuple(RowChange(kind, None, row[0]) for row in fresh[: self._limit])
+        return TableChanges(table.name, changes, more=len(fresh) > self._limit, note=note)
+
+
+_ALL = _SUSPECTS.partition(" WHERE")[0]
+
+
+def _first(before: Connection, table: _Table, key: Sequence[str]) -> Row | None:
+    found: Row | None = before.exec_driver_sql(table.sql(_OLD), _key(key)).scalar_one_or_none()
+    return found
+
+
+def _changed(before: Row | None, after: Row) -> RowChange:
+    return RowChange("insert" if before is None else "update", before, after)
+
+
+def _key(values: Sequence[str]) -> dict[str, object]:
+    return {f"k{index}": value for index, value in enumerate(values)}
+
+
+def _script(connection: Connection, statements: str) -> None:
+    # Without parameters the server takes several statements at once.
+    connection.exec_driver_sql(statements, execution_options={"no_parameters": True})

@@ -1,0 +1,357 @@
+"""Dead letters of handlers, for programs: what `eo dead` does, without the command line.
+
+    from eoframework import dead
+
+    page = dead.letters(database, dead.DeadFilter(handler="shop.book"), limit=50)
+    dead.replay(app, [letter.id for letter in page.items])
+
+Reading takes a Database, running handlers an App. Every change writes an audit row in its own transaction.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import logging
+import threading
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Generic
+
+from typing_extensions import TypeVar
+
+from eoframework import clock, trial
+from eoframework.app import App
+from eoframework.db.audit import whoever
+from eoframework.db.dead_letter_desk import DeadFilter, DeadGroup, DeadLetter, DeadLetterDesk, LetterGone, Place
+from eoframework.db.lane_desk import LaneDesk, ParkedLane, ParkedMessage
+from eoframework.db.session import Database
+from eoframework.errors import ConfigurationError, DecodeError, EoError, FailClosed, NotFound
+from eoframework.handlers import Handler
+from eoframework.trial import RowChange, TableChanges, Trial
+
+__all__ = [  # noqa: RUF022 - by what they are for
+    # what there is
+    "DeadFilter",
+    "DeadLetter",
+    "DeadGroup",
+    "ParkedLane",
+    "ParkedMessage",
+    "Page",
+    "letters",
+    "groups",
+    "count",
+    "find",
+    "lanes",
+    "waiting",
+    # what can be done
+    "Trial",
+    "TableChanges",
+    "RowChange",
+    "try_letter",
+    "Refusal",
+    "Replayed",
+    "replay",
+    "replay_all",
+    "discard",
+    "discard_all",
+]
+
+T = TypeVar("T")
+
+_ALL = DeadFilter()
+_PREVIEW = 200
+_AT_ONCE = 50
+_DECODE_ERROR = f"{DecodeError.__module__}.{DecodeError.__qualname__}"
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Page(Generic[T]):
+    """Some of a list, in a fixed order: what is added meanwhile comes later and moves nothing."""
+
+    items: tuple[T, ...]
+    after: str | None
+    """What to give as `after` for the next page; None at the end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A letter that was left as it is, and why."""
+
+    letter: DeadLetter
+    why: EoError
+
+
+@dataclass(slots=True)
+class Replayed:
+    """What a replay did; a dry run only says it."""
+
+    moved: list[int] = field(default_factory=list)
+    """Dead letters that wait in their lanes now, in this order."""
+    gone: list[int] = field(default_factory=list)
+    """Replayed or discarded by somebody else in the meantime."""
+    refused: list[Refusal] = field(default_factory=list)
+
+
+# --- what there is ---
+
+
+def letters(database: Database, which: DeadFilter = _ALL, *, limit: int = 50, after: int = 0) -> Page[DeadLetter]:
+    """Dead letters, the oldest first, with the beginnings of their payloads. Raises NotFound for an unknown handler."""
+    desk = _asked(database, which)
+    return _page(desk.letters(which, after=after, limit=limit + 1, preview=_PREVIEW), limit, lambda x: str(x.id))
+
+
+def groups(database: Database, which: DeadFilter = _ALL, *, limit: int = 50, after: int = 0) -> Page[DeadGroup]:
+    """How many died of what: one line for each consumer and fingerprint. Raises NotFound for an unknown handler."""
+    desk = _asked(database, which)
+    return _page(desk.groups(which, after=after, limit=limit + 1), limit, lambda group: str(group.first_id))
+
+
+def count(database: Database, which: DeadFilter = _ALL) -> int:
+    """How many dead letters there are. Raises NotFound for an unknown handler."""
+    return _asked(database, which).count(which)[0]
+
+
+def find(database: Database, letter_id: int) -> DeadLetter:
+    """One dead letter, whole. Raises NotFound, which says what became of it, when and by whom."""
+    return _found(DeadLetterDesk(database), [letter_id])[0]
+
+
+def lanes(
+    database: Database, which: DeadFilter = _ALL, *, limit: int = 50, after: str | None = None
+) -> Page[ParkedLane]:
+    """Keys whose messages wait, with the first of them. `since` and `until` ask when the lane was shut.
+
+    Raises NotFound for an unknown handler, and for an `after` that is none.
+    """
+    _asked(database, which)
+    found = LaneDesk(database).lanes(which, after=after, limit=limit + 1)
+    return _page(found, limit, lambda lane: lane.cursor)
+
+
+def waiting(database: Database, lane: ParkedLane, *, limit: int = 50, after: int = -1) -> Page[ParkedMessage]:
+    """The messages of one lane in their order; `after` is an offset."""
+    found = LaneDesk(database).messages(lane, after=after, limit=limit + 1, preview=_PREVIEW)
+    return _page(found, limit, lambda message: str(message.record.offset))
+
+
+# --- what can be done ---
+
+
+def try_letter(app: App, letter_id: int, *, rows: int = trial.ROWS) -> Trial:
+    """Run the handler on a dead letter's message, roll back, and return what it would do or why it fails.
+
+    On a crash: nothing has happened. See trial.run for what no rollback takes back. Raises NotFound,
+    ConfigurationError when the app has no such handler any more.
+    """
+    letter = find(app.database, letter_id)
+    return trial.run(app, _handler_of(app, letter), letter.stream(), letter.record, rows=rows)
+
+
+def replay(
+    app: App,
+    ids: Collection[int],
+    *,
+    actor: str | None = None,
+    rate: float | None = None,
+    dry_run: bool = False,
+    stop: threading.Event | None = None,
+) -> Replayed:
+    """Put dead letters back into their lanes, where the partition's owner runs them with fresh attempts; live or later.
+
+    Each is one transaction, in the order of partition and offset. On a crash: every letter is dead or waits, never both
+    and never neither; say it again for the rest. Issued twice: the second finds them gone. If one of them cannot be
+    replayed, nothing is changed: raises NotFound (unknown, replayed or discarded before, of the outbox),
+    ConfigurationError (the app has no such handler, or its topic type no longer reads the payload), FailClosed (topic
+    re-created, processed since).
+    rate: letters a second. stop: leaves after the letter at hand. actor: for the audit, default user@host.
+    """
+    chosen = sorted(_found(DeadLetterDesk(app.database), ids), key=lambda letter: letter.place)
+    for letter in chosen:
+        _check(app, letter)
+    return _replay(app, chosen, actor=actor, rate=rate, dry_run=dry_run, stop=stop or threading.Event())
+
+
+def replay_all(
+    app: App,
+    which: DeadFilter = _ALL,
+    *,
+    actor: str | None = None,
+    rate: float | None = None,
+    dry_run: bool = False,
+    stop: threading.Event | None = None,
+) -> Replayed:
+    """`replay` for every letter of the app that there is now and that the filter lets through.
+
+    What cannot be replayed stays as it is and is in `refused`. A letter that dies again meanwhile is not sent again.
+    """
+    desk = _asked(app.database, which)
+    ours = dataclasses.replace(which, app=app.name)
+    found = _in_order(desk, ours, up_to=desk.count(ours)[1])
+    return _replay(app, found, actor=actor, rate=rate, dry_run=dry_run, stop=stop or threading.Event())
+
+
+def discard(database: Database, ids: Collection[int], *, actor: str | None = None) -> list[int]:
+    """Delete dead letters for good: their messages count as processed, and keys held for them go on.
+
+    Each is one transaction with its audit row, which keeps the cause. On a crash: say it again for the rest. Raises
+    NotFound if one of them does not exist; nothing is changed then. Returns the numbers deleted.
+    """
+    desk = DeadLetterDesk(database)
+    chosen = sorted(_found(desk, ids), key=lambda letter: letter.place)
+    return _discard(desk, chosen, whoever(actor))
+
+
+def discard_all(database: Database, which: DeadFilter = _ALL, *, actor: str | None = None) -> list[int]:
+    """`discard` for every letter that there is now and that the filter lets through."""
+    desk = _asked(database, which)
+    return _discard(desk, _in_order(desk, which, up_to=desk.count(which)[1]), whoever(actor))
+
+
+# --- refusals ---
+
+
+def _check(app: App, letter: DeadLetter) -> None:
+    handler = _handler_of(app, letter)
+    if not letter.has_position:
+        raise FailClosed(
+            f"dead letter {letter.id} ({letter.consumer}) is of topic {letter.record.topic} with the id "
+            f"{letter.topic_id}, which the consumer no longer stands for: the topic was re-created, or its positions "
+            "were forgotten. Nothing was changed.",
+            remedy=f"Publish its payload anew: eo dead show {letter.id} --payload | eo publish MODULE:APP "
+            f"{letter.record.topic}; then eo dead discard {letter.id}",
+        )
+    if letter.processed_since:
+        raise FailClosed(
+            f"dead letter {letter.id} ({letter.consumer}): its message {letter.message_id} was processed after it was "
+            "given up on, in another delivery. Nothing was changed.",
+            remedy=f"To delete the letter: eo dead discard {letter.id}",
+        )
+    try:
+        trial.decode(handler, letter.record)
+    except DecodeError as error:
+        raise _unreadable(handler, letter, error) from error
+
+
+def _unreadable(handler: Handler, letter: DeadLetter, error: DecodeError) -> ConfigurationError:
+    if letter.error_class == _DECODE_ERROR:
+        return ConfigurationError(
+            f"dead letter {letter.id} ({letter.consumer}) still cannot be decoded: {error.what} Nothing was changed.",
+            remedy=f"Widen the payload type of {handler.topic!r}, or: eo dead discard {letter.id}",
+        )
+    return ConfigurationError(
+        f"dead letter {letter.id} ({letter.consumer}) was readable when it was given up on, and no longer is: the "
+        f"payload type of {handler.topic!r} has changed ({handler.topic.where}): {error.what} Nothing was changed.",
+        remedy="Let the type read both shapes.",
+    )
+
+
+def _handler_of(app: App, letter: DeadLetter) -> Handler:
+    found = next((handler for handler in app.handlers if handler.group == letter.consumer), None)
+    if found is not None and found.topic.name == letter.record.topic:
+        return found
+    about = f"dead letter {letter.id} is of {letter.consumer} on {letter.record.topic}"
+    if found is not None:
+        raise ConfigurationError(
+            f"{about}, but that handler reads {found.topic.name} now ({found.where}). Nothing was changed.",
+            remedy=f"eo dead show {letter.id} --payload writes its payload.",
+        )
+    name = letter.consumer.removeprefix(f"{app.name}.")
+    if name == letter.consumer:
+        raise ConfigurationError(f"{about}, not of app {app.name!r}. Nothing was changed.", remedy="Give its app.")
+    raise ConfigurationError(
+        f"{about}, and app {app.name!r} has no handler {name!r} any more. Nothing was changed.",
+        remedy=f"If it was renamed, say name={name!r} where it is declared now.",
+    )
+
+
+def _found(desk: DeadLetterDesk, ids: Collection[int]) -> list[DeadLetter]:
+    """The letters, all of them. Raises NotFound for the first that is missing."""
+    found = desk.find(ids)
+    missing = [number for number in ids if number not in found]
+    if missing:
+        fate = desk.fates(missing).get(missing[0])
+        if fate == "outbox":
+            raise NotFound(
+                f"dead letter {missing[0]} is of the outbox, not of a handler. Nothing was changed.",
+                remedy=f"eo outbox retry {missing[0]}",
+            )
+        why = f"is no more: {fate}" if fate else "does not exist"
+        raise NotFound(f"dead letter {missing[0]} {why}. Nothing was changed.", remedy="See: eo dead ls")
+    return list(found.values())
+
+
+def _asked(database: Database, which: DeadFilter) -> DeadLetterDesk:
+    """The desk, unless the filter names a handler nobody knows: an empty list would look like good news."""
+    desk = DeadLetterDesk(database)
+    if which.handler is not None:
+        known = sorted(desk.consumers())
+        if which.handler not in known:
+            near = difflib.get_close_matches(which.handler, known, n=1)
+            listed = f"Known: {', '.join(known)}." if known else "There is none yet."
+            raise NotFound(
+                f"the database knows no consumer {which.handler!r}.",
+                remedy=f"Did you mean {near[0]!r}?" if near else listed,
+            )
+    return desk
+
+
+# --- doing it ---
+
+
+def _in_order(desk: DeadLetterDesk, which: DeadFilter, *, up_to: int) -> Iterator[DeadLetter]:
+    after: Place | None = None
+    while page := desk.in_order(which, after=after, up_to=up_to, limit=_AT_ONCE):
+        yield from page
+        after = page[-1].place
+
+
+def _replay(
+    app: App,
+    chosen: Sequence[DeadLetter] | Iterator[DeadLetter],
+    *,
+    actor: str | None,
+    rate: float | None,
+    dry_run: bool,
+    stop: threading.Event,
+) -> Replayed:
+    desk, who, done = DeadLetterDesk(app.database), whoever(actor), Replayed()
+    for letter in chosen:
+        if rate is not None and done.moved and not dry_run:
+            clock.wait(stop, 1 / rate)
+        if stop.is_set():
+            break
+        try:
+            _check(app, letter)
+        except EoError as why:
+            done.refused.append(Refusal(letter, why))
+            continue
+        if not dry_run:
+            try:
+                desk.put_back(letter, actor=who)
+            except LetterGone:
+                done.gone.append(letter.id)
+                continue
+            _log.info("dead letter %d (%s) waits in its lane again.", letter.id, letter.consumer)
+        done.moved.append(letter.id)
+    return done
+
+
+def _discard(desk: DeadLetterDesk, chosen: Sequence[DeadLetter] | Iterator[DeadLetter], who: str) -> list[int]:
+    done = []
+    for letter in chosen:
+        try:
+            desk.discard(letter, actor=who)
+        except LetterGone:
+            continue  # somebody else was faster, and the audit says who
+        _log.warning("dead letter %d (%s, %s) discarded: %s", letter.id, letter.consumer, letter.record, letter.cause)
+        done.append(letter.id)
+    return done
+
+
+def _page(found: Sequence[T], limit: int, cursor: Callable[[T], str]) -> Page[T]:
+    items = tuple(found[:limit])
+    return Page(items, cursor(items[-1]) if len(found) > limit else None)
