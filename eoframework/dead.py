@@ -44,6 +44,7 @@ __all__ = [  # noqa: RUF022 - by what they are for
     "find",
     "lanes",
     "waiting",
+    "of_app",
     # what can be done
     "Trial",
     "TableChanges",
@@ -138,6 +139,11 @@ def waiting(database: Database, lane: ParkedLane, *, limit: int = 50, after: int
     return _page(found, limit, lambda message: str(message.record.offset))
 
 
+def of_app(which: DeadFilter, app: App) -> DeadFilter:
+    """The filter, narrowed to the consumers of one app."""
+    return dataclasses.replace(which, app=app.name)
+
+
 # --- what can be done ---
 
 
@@ -189,7 +195,7 @@ def replay_all(
     What cannot be replayed stays as it is and is in `refused`. A letter that dies again meanwhile is not sent again.
     """
     desk = _asked(app.database, which)
-    ours = dataclasses.replace(which, app=app.name)
+    ours = of_app(which, app)
     found = _in_order(desk, ours, up_to=desk.count(ours)[1])
     return _replay(app, found, actor=actor, rate=rate, dry_run=dry_run, stop=stop or threading.Event())
 

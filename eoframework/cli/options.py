@@ -35,9 +35,18 @@ def start(assignments: Sequence[str] | None) -> Settings:
 
 def show(document: object, text: str, *, as_json: bool) -> None:
     """The command's result on stdout: one JSON document, or text for people."""
-    shown = json.dumps(document, ensure_ascii=False, indent=2) if as_json else text
+    # Redacted before it becomes JSON: in the finished text a pattern could take a closing quote along.
+    shown = json.dumps(_redacted(document), ensure_ascii=False, indent=2) if as_json else logs.redact(text)
     if shown:
-        typer.echo(logs.redact(shown))
+        typer.echo(shown)
+
+
+def _redacted(document: object) -> object:
+    if isinstance(document, str):
+        return logs.redact(document)
+    if isinstance(document, dict):
+        return {name: _redacted(value) for name, value in document.items()}
+    return [_redacted(item) for item in document] if isinstance(document, list | tuple) else document
 
 
 def _parse(assignments: Sequence[str]) -> dict[str, Any]:
