@@ -24,7 +24,8 @@ class Entry(BaseModel):
 
 entries = Topic(os.environ.get("LEDGER_TOPIC", "ledger.entries"), Entry, key="key")
 booked = Topic(os.environ.get("BOOKED_TOPIC", "ledger.booked"), Entry, key="key")
-app = App("ledger")
+# Groups are the broker's, which tests share: members of another test would make this one's wait for them.
+app = App(f"ledger-{entries.name}")
 
 
 @app.handler(entries, name="book")

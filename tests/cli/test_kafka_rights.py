@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -18,6 +17,7 @@ from confluent_kafka.admin import (
 )
 
 from eoframework import dev
+from eoframework.dev import processes
 from eoframework.settings import Settings
 from tests.cli.conftest import APP, Shell
 
@@ -129,8 +129,7 @@ def test_with_all_rights_everything_runs(login: Shell, guarded: Guarded) -> None
 
 
 def free_ports(count: int) -> list[int]:
-    held = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [int(each.getsockname()[1]) for each in held]
-    for each in held:
-        each.close()
-    return ports
+    found: list[int] = []
+    while len(found) < count:
+        found.append(processes.free_port(avoid=found))
+    return found

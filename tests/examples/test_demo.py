@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 
 import pytest
@@ -44,26 +45,28 @@ def processes_with(mark: str) -> list[str]:
 
 
 def test_a_small_demo_ends_with_zeros() -> None:
-    demo = start_demo("zeros", "--orders", "600", "--seconds", "14", "--seed", "7")
+    mark = uuid.uuid4().hex
+    demo = start_demo(mark, "--orders", "600", "--seconds", "14", "--seed", "7")
     output, _ = demo.communicate(timeout=170)
     assert demo.returncode == 0, output.decode()
     assert b"every order counted once" in output
     assert b"SIGKILL" in output
     assert b"SIGSTOP" in output
-    eventually(lambda: not processes_with("zeros"), "every process of the demo is gone", seconds=15)
+    eventually(lambda: not processes_with(mark), "every process of the demo is gone", seconds=15)
 
 
 @pytest.mark.parametrize("when", ["while the services start", "while everything runs"])
 def test_ctrl_c_leaves_no_process_behind(when: str) -> None:
-    demo = start_demo("interrupted", "--orders", "600", "--seconds", "30")
+    mark = uuid.uuid4().hex
+    demo = start_demo(mark, "--orders", "600", "--seconds", "30")
     if when == "while everything runs":
-        eventually(lambda: len(processes_with("interrupted")) > 6, "workers, relays and services run", seconds=60)
+        eventually(lambda: len(processes_with(mark)) > 6, "workers, relays and services run", seconds=60)
     else:
-        eventually(lambda: len(processes_with("interrupted")) > 1, "something was started", seconds=60)
+        eventually(lambda: len(processes_with(mark)) > 1, "something was started", seconds=60)
     os.killpg(demo.pid, signal.SIGINT)
     output, _ = demo.communicate(timeout=60)
     assert demo.returncode == 130, output.decode()
-    eventually(lambda: not processes_with("interrupted"), "every process of the demo is gone", seconds=15)
+    eventually(lambda: not processes_with(mark), "every process of the demo is gone", seconds=15)
 
 
 def test_the_reconciliation_sees_what_is_wrong() -> None:

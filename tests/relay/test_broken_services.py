@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from sqlalchemy import text
 from eoframework import dev
 from eoframework.db import migrating
 from eoframework.db.session import open_database
+from eoframework.dev import processes
 from eoframework.kafka.admin import Admin
 from eoframework.keys import shard_hash
 from eoframework.message import OutboxMessage
@@ -42,7 +42,8 @@ class Own:
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Own]:
-    broker_port, proxy_port = free_port(), free_port()
+    broker_port = processes.free_port()
+    proxy_port = processes.free_port(avoid=[broker_port])
     proxy = EndTxnProxy(proxy_port, ("127.0.0.1", broker_port))
     proxy.start()
     properties = {
@@ -248,8 +249,3 @@ def allow(client: AdminClient, topic: str, operation: AclOperation) -> None:
     )
     for future in client.delete_acls([everything]).values():
         future.result(10)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        return int(found.getsockname()[1])
