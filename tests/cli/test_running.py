@@ -28,6 +28,13 @@ def gone(pid: int) -> bool:
     return not Path(f"/proc/{pid}").exists() or "State:\tZ" in Path(f"/proc/{pid}/status").read_text()
 
 
+def minds_signals(pid: int) -> bool:
+    """Whether it has come so far as to catch SIGTERM; one that ends before was killed by it, not drained."""
+    caught = re.search(r"^SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    assert caught is not None
+    return bool(int(caught[1], 16) & 1 << (signal.SIGTERM - 1))
+
+
 def test_once_drains_each_step_of_the_way(shell: Shell) -> None:
     shell.publish(0, 20)
     assert shell.scalar(OUTBOX) == 20
@@ -111,6 +118,7 @@ def test_workers_are_restarted_after_a_kill_and_drain_together(shell: Shell) -> 
     shell.publish(0, 30)
     shell.run("relay", APP, "--once")
     eventually(lambda: shell.scalar(BOOKED) == 30, "all booked", log=process.log)
+    eventually(lambda: minds_signals(pids_of_workers(process)[2]), "the new one can drain", log=process.log)
     assert process.stop() == 0
     assert all(gone(pid) for pid in pids_of_workers(process))
 
