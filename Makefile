@@ -1,6 +1,8 @@
 # The first Python that is new enough; override with `make PYTHON=/path/to/python3.12 test`.
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+# How many processes test side by side: most tests wait for Kafka, so more than there are processors.
+WORKERS ?= 4
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -16,7 +18,7 @@ demo: $(READY) ## Orders against killed and frozen processes, on a real Kafka an
 
 test: lint ## Everything: lint, types, import rules, tests (pass T='tests/cli -k once' for some of them)
 	@echo "== tests"
-	@$(BIN)/python -m pytest $(T)
+	@$(BIN)/python -m pytest $(or $(T),-n $(WORKERS) --durations=15)
 
 lint: $(READY) ## Style, types and import rules
 	@echo "== ruff"

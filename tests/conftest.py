@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from sqlalchemy import create_engine, make_url, text
 
-from eoframework import dev
 from eoframework.db import migrating
 from eoframework.db.session import Database, open_database
 from eoframework.kafka.admin import Admin
 from eoframework.schema import Schema
 from eoframework.settings import Settings
+from tests.parallel import Controller, start_services, told_by_the_controller
 
 MakeTopic = Callable[..., str]
 
@@ -29,14 +29,24 @@ class Addresses:
     bootstrap_servers: str
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # A worker has no number of workers.
+    if config.getoption("numprocesses", None):
+        config.pluginmanager.register(Controller(), "eo-controller")
+
+
 @pytest.fixture(scope="session")
-def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Addresses]:
+def services(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Addresses]:
     """The services that EO_ settings point at, else our own for the length of the run."""
     url, servers = os.environ.get("EO_DATABASE_URL"), os.environ.get("EO_KAFKA_BOOTSTRAP_SERVERS")
     if url and servers:
         yield Addresses(url, servers)
         return
-    with dev.start(tmp_path_factory.mktemp("services") / ".eo") as started:
+    told = told_by_the_controller(request.config)
+    if told is not None:
+        yield Addresses(*told)
+        return
+    with start_services(tmp_path_factory.mktemp("services")) as started:
         yield Addresses(started.database_url, started.bootstrap_servers)
 
 

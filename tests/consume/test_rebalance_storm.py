@@ -38,7 +38,7 @@ PROTOCOLS = {
 }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def nursery() -> Iterator[Nursery]:
     with Nursery() as started:
         yield started
