@@ -22,7 +22,11 @@ COMMANDS = {
     "db": "eoframework's tables: upgrade, current, check, sql, downgrade.",
     "topics": "An app's topics: plan, apply.",
     "publish": "Publish JSON lines from standard input through the outbox.",
+    "dead": "Messages that failed for good, or wait: ls, show, try, replay, discard.",
+    "outbox": "What Kafka refused or has yet to get: ls, show, retry, discard, stats.",
     "position": "Where consumers stand: show, set, forget.",
+    "reprocess": "Send a range of a topic through a handler again.",
+    "external": "Calls outside the database that nobody knows about: ls, resolve.",
 }
 
 _EPILOG = (

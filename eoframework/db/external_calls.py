@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from uuid import UUID
 
 from sqlalchemy import Connection
@@ -57,6 +58,21 @@ WHERE consumer_id = %(consumer_id)s AND message_id = %(message_id)s AND settled_
 _RESULTS = """
 SELECT name, result::text FROM {eo}.external_call
 WHERE consumer_id = %(consumer_id)s AND message_id = %(message_id)s AND done_at IS NOT NULL
+"""
+# As for processed messages (db/retention.py): what cannot be had quickly is left for the next time.
+_PREPARE = """
+SELECT set_config('statement_timeout', '5s', true), set_config('lock_timeout', '500ms', true),
+    pg_try_advisory_xact_lock(1701867118, hashtext(%(schema)s))
+"""
+# Settled, not merely old: a dead letter is replayed, and a stopped consumer started, long after the call was made.
+# claimed_at is there for the index; nothing is settled before it is claimed.
+_FORGET = """
+DELETE FROM {eo}.external_call WHERE ctid = ANY(ARRAY(
+    SELECT c.ctid FROM {eo}.external_call c WHERE c.claimed_at < now() - make_interval(secs => %(seconds)s)
+        AND c.settled_at < now() - make_interval(secs => %(seconds)s)
+        AND NOT EXISTS (SELECT FROM {eo}.processed_message p
+            WHERE p.consumer_id = c.consumer_id AND p.message_id = c.message_id)
+    LIMIT %(limit)s FOR UPDATE SKIP LOCKED))
 """
 
 
@@ -184,6 +200,20 @@ class ExternalCallRows:
 
     def _changed(self, connection: Connection, sql: str, values: dict[str, object]) -> bool:
         return connection.exec_driver_sql(self._schema.sql(sql), values).rowcount == 1
+
+
+def forget_external_calls(database: Database, *, older_than: timedelta, limit: int) -> int | None:
+    """Delete at most `limit` results whose messages were done with before the window; None if another worker is at it.
+
+    On a crash: the slice is deleted or not, either is right. A result outlives the id of its message: a duplicate of a
+    message that counts as processed is never called for again.
+    """
+    with database.begin("pruning results of external calls") as connection:
+        prepared = connection.exec_driver_sql(_PREPARE, {"schema": database.schema.name}).one()
+        if not prepared[-1]:
+            return None
+        values = {"seconds": older_than.total_seconds(), "limit": limit}
+        return connection.exec_driver_sql(database.schema.sql(_FORGET), values).rowcount
 
 
 def _values(call: CallId) -> dict[str, object]:
