@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Literal
 
-from eoframework.errors import ConfigurationError, DecodeError, Reject, RetryLater
+from eoframework.errors import ConfigurationError, DecodeError, ProcessDied, Reject, RetryLater
 
 Ordering = Literal["key", "partition", "none"]
 AfterDead = Literal["continue", "hold"]
@@ -99,6 +100,8 @@ class Retry:
             return GiveUp("the handler rejected it")
         if isinstance(error, DecodeError):
             return GiveUp("it cannot be decoded, and would not be the next time")
+        if isinstance(error, ProcessDied):
+            return GiveUp("its process died each time it ran")
         if isinstance(error, self.never):
             return GiveUp(f"{type(error).__name__} is never retried")
         if not isinstance(error, (RetryLater, *self.on)):
@@ -146,16 +149,25 @@ class Tally:
         self._last.extend([True] * messages)
 
     def refuses(self, *, run: int, dying: int) -> str | None:
-        """Why `dying` more dead letters may not be written after `run` in a row; None if they may."""
+        """Why `dying` more dead letters may not be written, with which `run` would be dead in a row; None if they may."""
         breaker = self._breaker
         if breaker is None:
             return None
-        if run + dying > breaker.run:
-            return f"{run} messages in a row have died, and {dying} more would (limit {breaker.run})"
+        if run > breaker.run:
+            return f"{run} messages in a row would be dead (limit {breaker.run})"
         dead = sum(self._last) + dying
         if len(self._last) == breaker.of and dead > breaker.share * breaker.of:
             return f"{dead} of the last {breaker.of} messages would be dead (limit {breaker.share:.0%})"
         return None
+
+
+def streaks(run: int, deaths: Iterable[bool]) -> tuple[int, int]:
+    """The longest run of deaths, and the one at the end, when `run` of them came right before."""
+    longest = 0
+    for died in deaths:
+        run = run + 1 if died else 0
+        longest = max(longest, run)
+    return longest, run
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,21 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from uuid import UUID
 
 from eoframework.db.position import Claim
 from eoframework.errors import Retryable
 from eoframework.message import Message, Record
 
+Place = tuple[int, int]
+"""Partition and offset."""
+Lane = tuple[int, UUID]
+"""A partition, and what keeps its order in it: a key, or a message that has none."""
+
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """A record, and what it means: a message, or the reason why it means nothing."""
+    """A record, and what it means: a message, or the reason why it is not to be run."""
 
     record: Record
-    message: Message[object] | None
+    lane: Lane
+    id: UUID | None = None
+    message: Message[object] | None = None
     error: Exception | None = None
+    """It cannot be decoded, or it failed alone a moment ago: the handler is not called for it."""
+    attempts: int = 0
+    """How often the handler has failed on it before."""
+    crashes: int = 0
+    """How often it was in flight when its process died."""
+
+    @property
+    def place(self) -> Place:
+        return self.record.partition, self.record.offset
+
+    def failed(self, error: Exception) -> Delivery:
+        """The same, known to fail."""
+        return replace(self, error=error)
+
+    def counted(self, attempts: int, crashes: int) -> Delivery:
+        """The same, with what is known of earlier attempts."""
+        message = self.message and replace(self.message, attempt=attempts + 1)
+        return replace(self, message=message, attempts=attempts, crashes=crashes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +61,7 @@ class Batch:
         """Where each partition stands once this batch is done."""
         return {delivery.record.partition: delivery.record.offset + 1 for delivery in self.deliveries}
 
-    def only(self, deliveries: Sequence[Delivery], moved: dict[int, int]) -> Batch:
+    def only(self, deliveries: Sequence[Delivery], moved: Mapping[int, int]) -> Batch:
         """A part of this batch, after the partitions have moved on as `moved` says."""
         touched = {delivery.record.partition for delivery in deliveries}
         claims = {p: c.moved(moved.get(p, c.next_offset)) for p, c in self.claims.items() if p in touched}
@@ -44,10 +70,12 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A message that failed alone: it blocks its partition."""
+    """A message that its partition cannot get past."""
 
     record: Record
     error: Exception
+    retry_in: float | None = None
+    """Seconds until it is tried again; None: a person must look."""
 
 
 @dataclass(slots=True)
@@ -57,12 +85,22 @@ class Outcome:
     moved: dict[int, int] = field(default_factory=dict)
     """Committed: partition -> next offset, as the position row now says."""
     failed: dict[int, Failure] = field(default_factory=dict)
+    """Partitions that stop, or wait, at a message."""
     fenced: set[int] = field(default_factory=set)
     """Partitions whose row is no longer ours; nothing was written."""
     trouble: Retryable | None = None
     """Why the rest has to run again: a conflict, or a lost connection whose outcome only the row can tell."""
+    error: Exception | None = None
+    """Why one unit of work was rolled back: some message of it failed."""
+    culprits: dict[Place, Exception] = field(default_factory=dict)
+    """Which ones, where that is known."""
+    cut: bool = False
+    """Time was up: only a part was run."""
     messages: int = 0
     duplicates: int = 0
+    parked: int = 0
+    """Set aside in this unit of work, or put behind what was."""
+    dead: int = 0
 
     def add(self, other: Outcome) -> None:
         """Take in what became of a later part of the same batch."""
@@ -72,6 +110,12 @@ class Outcome:
         self.trouble = other.trouble or self.trouble
         self.messages += other.messages
         self.duplicates += other.duplicates
+        self.parked += other.parked
+        self.dead += other.dead
+
+    def stops(self, partition: int) -> bool:
+        """Whether nothing more of this partition may run now."""
+        return partition in self.failed or partition in self.fenced
 
 
 def split_undecodable(deliveries: Iterable[Delivery]) -> tuple[list[Delivery], dict[int, Failure]]:

@@ -1,58 +1,37 @@
 """The life of one message, from the record that Kafka handed out to the COMMIT that makes it count.
 
-    decode -> begin -> fence: move the position on -> first-timers or duplicates -> handler -> outbox rows -> COMMIT
+    decode -> begin -> fence: move the position on -> who waits in a lane -> first-timers or duplicates -> handler
+           -> set aside what failed -> outbox rows -> COMMIT
 
 Everything between `begin` and COMMIT is one database transaction, so a crash anywhere leaves either all of it or
 nothing, and the position row says which. Nothing here decides by an exception what happened: an unconfirmed COMMIT is
 reported as trouble, and the worker reads the row (consume/worker.py).
+
+What was set aside runs later, one message at a time: consume/drain.py.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 
 from eoframework import clock, events
-from eoframework.consume.batch import Batch, Delivery, Failure, Outcome, split_undecodable
-from eoframework.db.faults import passing_trouble
-from eoframework.db.outbox import Outbox
-from eoframework.db.position import Claim, Positions, Stream
-from eoframework.db.processed import ProcessedMessages
-from eoframework.db.session import Connection, SessionFactory
-from eoframework.db.unit_of_work import WorkerConnection, handler_session
-from eoframework.errors import ConfigurationError, DecodeError, FailClosed, Fenced, LostConnection, Retryable
-from eoframework.handlers import Handler
-from eoframework.message import Message, Record, Source
-from eoframework.tx import Tx
+from eoframework.consume.batch import Batch, Delivery, Failure, Outcome, Place, split_undecodable
+from eoframework.consume.failure import ParkingFull, Verdict
+from eoframework.consume.unit import Unit
+from eoframework.db.attempts import Attempts
+from eoframework.db.position import Claim
+from eoframework.db.session import Connection
+from eoframework.errors import ProcessDied
+from eoframework.message import Record
+from eoframework.retry import GiveUp, Retry
 
 log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True, slots=True)
-class Stores:
-    """The tables a batch touches, in the order it touches them."""
-
-    positions: Positions
-    processed: ProcessedMessages
-    outbox: Outbox
-
-
-class Fence(Fenced):
-    """The position rows of these partitions are no longer ours; carries them out of the rolled-back transaction."""
-
-    def __init__(self, partitions: set[int]) -> None:
-        super().__init__(f"partitions {sorted(partitions)} belong to another owner.")
-        self.partitions = partitions
-
-
-class HandlerError(Exception):
-    """What a handler raised, wrapped so that it is not taken for an error of ours."""
-
-    def __init__(self, error: Exception) -> None:
-        super().__init__(str(error))
-        self.error = error
+# After a failure, savepoints for so many batches: what failed now and then goes on failing now and then.
+_WARY_BATCHES = 50
+_FULL_PAUSE = 1.0
 
 
 class Executor:
@@ -60,197 +39,242 @@ class Executor:
 
     def __init__(
         self,
-        handler: Handler,
-        stream: Stream,
-        stores: Stores,
-        connection: WorkerConnection,
-        session_factory: SessionFactory,
+        unit: Unit,
+        attempts: Attempts,
         *,
-        app_name: str,
         budget: float,
         stopping: Callable[[], bool] = lambda: False,
         before_commit: Callable[[], None] = lambda: None,
     ) -> None:
         """`before_commit` raises if the batch may not count after all: its records may be another topic's."""
-        self._handler = handler
-        self._stream = stream
-        self._stores = stores
-        self._connection = connection
-        self._session_factory = session_factory
-        self._app_name = app_name
+        self._unit = unit
+        self._policy = unit.handler.policy
+        self._attempts = attempts
         self._budget = budget
         self._stopping = stopping
         self._before_commit = before_commit
+        self._deadline = 0.0
+        self._wary = 0
+        self._charges: dict[Place, tuple[int, int]] = {}
+        """Messages already charged by this process with a crash, and their counts before."""
 
     # --- 1. decode ---
 
-    def execute(self, records: Sequence[Record], claims: dict[int, Claim]) -> Outcome:
+    def execute(self, records: Sequence[Record], claims: dict[int, Claim], careful: Collection[int] = ()) -> Outcome:
         """Process the records; what the outcome does not list as moved has left no trace.
 
         A record that cannot be decoded, or whose handler raises, fails alone: everything before it and every other
-        partition is committed all the same.
+        partition is committed all the same. `careful`: partitions whose last owner died, so one of these messages may
+        have killed it.
         """
-        deadline = clock.monotonic() + self._budget
-        runnable, undecodable = split_undecodable(self._decode(record) for record in records)
-        batch = Batch(runnable, claims).only(runnable, {})
-        outcome = self._run(batch, deadline) if runnable else Outcome()
-        if outcome.failed and len(runnable) > 1:
-            outcome = self._one_by_one(batch, deadline)
+        self._deadline = clock.monotonic() + self._budget
+        deliveries = [self._unit.decode(record) for record in records]
+        if self._policy.retry is None:
+            return self._up_to_the_undecodable(deliveries, claims)
+        batch = Batch(deliveries, claims)
+        return self._carefully(batch, careful) if careful else self._process(batch)
+
+    def _up_to_the_undecodable(self, deliveries: Sequence[Delivery], claims: dict[int, Claim]) -> Outcome:
+        runnable, undecodable = split_undecodable(deliveries)
+        batch = Batch(runnable, claims)
+        outcome = self._process(batch)
         if outcome.trouble is None:
-            ends = batch.ends
             # Only once nothing before it is left: until then its partition has other work to do.
-            reached = {p: failure for p, failure in undecodable.items() if outcome.moved.get(p) == ends.get(p)}
+            reached = {p: f for p, f in undecodable.items() if outcome.moved.get(p) == batch.ends.get(p)}
             outcome.failed.update(reached)
         return outcome
 
-    def _decode(self, record: Record) -> Delivery:
-        try:
-            if record.unreadable:
-                raise DecodeError(f"{record}: {record.unreadable}.")
-            return Delivery(record, self._handler.topic.decode(record))
-        except Exception as error:  # noqa: BLE001 - a codec may raise anything; it is this record's failure alone
-            return Delivery(record, None, error)
+    # --- 2. one batch, in as few transactions as its failures allow ---
 
-    # --- 2. one transaction ---
+    def _process(self, batch: Batch) -> Outcome:
+        """Run it together. What fails is rolled back and run again in smaller parts, until the culprit is alone."""
+        total = Outcome()
+        parts: list[Sequence[Delivery]] = [batch.deliveries]
+        while parts and total.trouble is None and not (total.moved and self._out_of_time()):
+            part = [delivery for delivery in parts.pop(0) if not total.stops(delivery.record.partition)]
+            if not part:
+                continue
+            outcome = self._stopped_at(part) or self._run(batch.only(part, total.moved))
+            if outcome.error is not None:
+                smaller = self._smaller(part, outcome.culprits)
+                if smaller:
+                    parts[:0] = smaller
+                    continue
+                outcome = self._fell(batch.only(part, total.moved), outcome.error)
+            total.add(outcome)
+            if outcome.cut:
+                break
+        return total
 
-    def _run(self, batch: Batch, deadline: float) -> Outcome:
-        """One batch in one transaction; the one place that turns what happened into an outcome."""
-        try:
-            with self._connection.begin(f"{self._handler.group}: batch", opening=False) as connection:
-                outcome = self._unit(connection, batch, deadline)
-        except Fence as fence:
-            return Outcome(fenced=fence.partitions)
-        except Retryable as trouble:
-            return Outcome(trouble=trouble)
-        except (ConfigurationError, FailClosed):
-            # No message's fault: the schema is gone, or the transaction was committed behind our back.
-            log.error("%s: it happened with %s", self._handler.group, batch)
-            raise
-        except Exception as error:  # noqa: BLE001 - whatever came out of the handler or its flush is its message's failure
-            return self._failed(batch, error)
+    def _run(self, batch: Batch) -> Outcome:
+        outcome = self._unit.attempt(f"batch ({batch})", lambda connection: self._work(connection, batch))
+        if outcome.error is None and self._wary:
+            self._wary -= 1
         return outcome
 
-    def _unit(self, connection: Connection, batch: Batch, deadline: float) -> Outcome:
+    def _work(self, connection: Connection, batch: Batch) -> Outcome:
         """Everything that is committed together. The fence comes first: a zombie must not get as far as an effect."""
-        lost = self._stores.positions.advance(connection, self._stream, batch.claims.values(), batch.ends)
-        if lost:
-            raise Fence(lost)
-        first = self._first_timers(connection, batch)
-        tx, handled = self._handle(connection, first, deadline)
-        done = self._cut(connection, batch, first, handled)
-        self._stores.outbox.insert(connection, tx.take_outbox())
+        unit = self._unit
+        unit.fence(connection, batch.claims.values(), batch.ends)
+        shut = unit.failures.shut_lanes(connection, batch.deliveries)
+        first = unit.first_timers(connection, [d for d in batch.deliveries if d.lane not in shut])
+        if self._policy.ordering == "partition":
+            first = self._counted(connection, first)
+        walk = unit.calls.run(connection, first, shut=shut, wary=self._wary > 0, out_of_time=self._out_of_time)
+        done = self._cut(connection, batch, walk.left)
+        behind = [delivery for delivery in done.deliveries if delivery.lane in shut]
+        outcome, letters = unit.failures.settle(connection, walk, behind)
+        unit.failures.end_run(connection, outcome)
+        self._forget_attempts(connection, done)
+        unit.publish(connection, [*walk.outbox, *letters])
         # Asked after the records came and answered before they count. The client reads a re-created topic on from the
         # old offset, under KIP-848 too, until a heartbeat tells it: what is booked by then would be booked again when
         # the new topic is processed from its beginning.
         self._before_commit()
-        self._connection.check_intact()
-        events.emit("consume.handled", handler=self._handler.name, messages=handled)
-        return Outcome(moved=done.ends, messages=handled, duplicates=len(done.deliveries) - handled)
+        unit.connection.check_intact()
+        events.emit("consume.handled", handler=unit.handler.name, messages=outcome.messages)
+        if outcome.parked or outcome.dead:
+            events.emit("consume.settled", parked=outcome.parked, dead=outcome.dead)
+        duplicates = len(done.deliveries) - len(first) + len(walk.left) - len(behind)
+        return replace(outcome, moved=done.ends, cut=bool(walk.left), duplicates=duplicates)
 
-    def _first_timers(self, connection: Connection, batch: Batch) -> list[Delivery]:
-        """The deliveries to run: ids recorded now for the first time, and messages without an id.
-
-        A message without an id is protected by the position alone: its offset is behind the row once it is committed.
-        """
-        ids = {d.message.id for d in batch.deliveries if d.message is not None and d.message.id is not None}
-        new = self._stores.processed.claim(connection, self._stream.consumer_id, ids)
-        first: list[Delivery] = []
-        for delivery in batch.deliveries:
-            identity = _message(delivery).id
-            if identity is None:
-                first.append(delivery)
-            elif identity in new:
-                new.discard(identity)  # the same id again in this batch is a duplicate
-                first.append(delivery)
-        return first
-
-    # --- 3. the handler ---
-
-    def _handle(self, connection: Connection, first: Sequence[Delivery], deadline: float) -> tuple[Tx, int]:
-        """Call the handler for each first-timer, in order, in one session; returns how many were run."""
-        factory, name = self._session_factory, self._handler.group
-        with handler_session(factory, connection, handler=name) as session:
-            tx = Tx(session, app_name=self._app_name, consumer=name)
-            handled = self._call_batch(tx, first) if self._handler.batch else self._call_each(tx, first, deadline)
-        return tx, handled
-
-    def _call_each(self, tx: Tx, first: Sequence[Delivery], deadline: float) -> int:
-        for count, delivery in enumerate(first):
-            if count and (clock.monotonic() > deadline or self._stopping()):
-                return count
-            message = _message(delivery)
-            tx.enter(message, self._source(message, delivery.record))
-            self._call(partial(self._handler.call, message, tx))
-        return len(first)
-
-    def _call_batch(self, tx: Tx, first: Sequence[Delivery]) -> int:
-        if first:
-            messages = [_message(delivery) for delivery in first]
-            tx.enter_batch(self._source(m, d.record) for m, d in zip(messages, first, strict=True))
-            self._call(lambda: self._handler.call_batch(messages, tx))
-        return len(first)
-
-    def _call(self, call: Callable[[], object]) -> None:
-        try:
-            call()
-        except Exception as error:
-            raise HandlerError(error) from error
-        self._connection.check_intact()
-
-    def _source(self, message: Message[object], record: Record) -> Source:
-        return Source(self._handler.group, self._stream.topic_id, message.partition, message.offset, record.timestamp)
-
-    def _cut(self, connection: Connection, batch: Batch, first: Sequence[Delivery], handled: int) -> Batch:
+    def _cut(self, connection: Connection, batch: Batch, left: Sequence[Delivery]) -> Batch:
         """If time ran out inside the batch: take back the positions and ids of what was not run, keep the rest."""
-        if handled == len(first):
+        if not left:
             return batch
-        cut_at = batch.deliveries.index(first[handled])
-        kept = batch.deliveries[:cut_at]
-        done = Batch(kept, batch.claims)
+        stores, stream = self._unit.stores, self._unit.stream
+        at = next(i for i, delivery in enumerate(batch.deliveries) if delivery.place == left[0].place)
+        done = Batch(batch.deliveries[:at], batch.claims)
         ends = {p: done.ends.get(p, claim.next_offset) for p, claim in batch.claims.items()}
-        self._stores.positions.cut(connection, self._stream, ends)
-        unrun = {identity for d in first[handled:] if (identity := _message(d).id) is not None}
-        self._stores.processed.forget(connection, self._stream.consumer_id, unrun)
+        stores.positions.cut(connection, stream, ends)
+        unrun = {delivery.id for delivery in left if delivery.id is not None}
+        stores.processed.forget(connection, stream.consumer_id, unrun)
         return done
 
-    # --- 4. failure ---
+    def _out_of_time(self) -> bool:
+        return clock.monotonic() > self._deadline or self._stopping()
 
-    def _failed(self, batch: Batch, error: Exception) -> Outcome:
-        """A handler's exception; the database's passing trouble that came through it is no fault of the message."""
-        cause = error.error if isinstance(error, HandlerError) else error
-        trouble = passing_trouble(cause, self._handler.group)
-        if trouble is None and self._connection.status() is None:
-            # Whatever the handler made of it: without its connection it could not have succeeded.
-            trouble = LostConnection(f"{self._handler.group}: the connection to PostgreSQL was lost ({cause}).")
-        if trouble is not None:
-            return Outcome(trouble=trouble)
-        first = batch.deliveries[0].record
-        return Outcome(failed={first.partition: Failure(first, cause)})
+    # --- 3. what fails ---
 
-    def _one_by_one(self, batch: Batch, deadline: float) -> Outcome:
-        """Run a failed batch again, a transaction for each message, so that only the culprit stays behind.
+    def _smaller(self, part: Sequence[Delivery], culprits: dict[Place, Exception]) -> list[Sequence[Delivery]]:
+        """How to run a part again that was rolled back; empty when its only message is the culprit."""
+        group = self._unit.handler.group
+        named = [d for d in part if d.place in culprits]
+        if named and self._policy.parks:
+            return [[d.failed(culprits[d.place]) if d.place in culprits else d for d in part]]
+        if len(part) == 1:
+            return []
+        if named:
+            at = part.index(named[0])
+            return [part[:at], [part[at].failed(culprits[part[at].place])], part[at + 1 :]]
+        if self._policy.parks and not self._wary and not self._unit.handler.batch:
+            log.info("%s: a batch of %d failed and was rolled back; it runs again with savepoints", group, len(part))
+            self._wary = _WARY_BATCHES
+            return [part]
+        log.info("%s: %d messages failed together and were rolled back; they run again in halves", group, len(part))
+        middle = len(part) // 2
+        return [part[:middle], part[middle:]]
 
-        Only its own partition stops: what lies behind it there may not overtake it.
+    def _stopped_at(self, part: Sequence[Delivery]) -> Outcome | None:
+        """A message that the handler has named, and that nothing may get past: there is nothing to run."""
+        named = part[0].error if len(part) == 1 and not self._policy.parks else None
+        return Outcome(error=named) if named is not None else None
+
+    def _fell(self, batch: Batch, error: Exception) -> Outcome:
+        """A message that failed alone: set aside, given up, waited for in its place, or left for a person."""
+        delivery = batch.deliveries[0]
+        if isinstance(error, ParkingFull):
+            return _stop(delivery, error, retry_in=_FULL_PAUSE)
+        if self._policy.retry is None:
+            return _stop(delivery, error)
+        return self._set_aside(batch, delivery, error) if self._policy.parks else self._wait(batch, delivery, error)
+
+    def _set_aside(self, batch: Batch, delivery: Delivery, error: Exception) -> Outcome:
+        """The position moves past it, in the transaction that parks it or makes it a dead letter."""
+        outcome = self._run(batch.only([delivery.failed(error)], {}))
+        if outcome.error is None:
+            return outcome
+        return _stop(delivery, outcome.error, _FULL_PAUSE if isinstance(outcome.error, ParkingFull) else None)
+
+    def _wait(self, batch: Batch, delivery: Delivery, error: Exception) -> Outcome:
+        """Its partition waits for it: count the attempt, and say when the next one is."""
+        verdicts: list[Verdict] = []
+
+        def count(connection: Connection) -> Outcome:
+            self._unit.fence(connection, batch.claims.values())
+            verdicts.append(self._unit.failures.wait_in_place(connection, delivery, error))
+            return Outcome()
+
+        outcome = self._unit.attempt(f"{delivery.record} failed", count)
+        if not verdicts or outcome.trouble is not None:
+            return outcome
+        if isinstance(verdicts[0], GiveUp):
+            return self._set_aside(batch, delivery, error)
+        return _stop(delivery, error, retry_in=verdicts[0])
+
+    # --- 4. after a crash ---
+
+    def _carefully(self, batch: Batch, careful: Collection[int]) -> Outcome:
+        """One message a transaction, each attempt counted before it is made.
+
+        A handler that ends its process (os._exit, a segfault) leaves no exception behind, only this count. It charges
+        nobody but the message in flight: in a batch, the innocent ones would be charged along.
         """
-        log.info(
-            "%s: a batch of %d failed and was rolled back; its messages run one by one",
-            self._handler.group,
-            len(batch.deliveries),
-        )
         total = Outcome()
         for delivery in batch.deliveries:
             partition = delivery.record.partition
-            if partition in total.failed or partition in total.fenced:
-                continue
-            if total.moved and (clock.monotonic() > deadline or self._stopping()):
+            if total.trouble is not None or (total.moved and self._out_of_time()):
                 break
-            total.add(self._run(batch.only([delivery], total.moved), deadline))
-            if total.trouble is not None:
-                break
+            if not total.stops(partition):
+                one = batch.only([delivery], total.moved)
+                total.add(self._charged(one) if partition in careful else self._process(one))
         return total
 
+    def _charged(self, batch: Batch) -> Outcome:
+        delivery = batch.deliveries[0]
+        outcome = self._charge(batch, delivery) if delivery.place not in self._charges else Outcome()
+        if outcome.trouble is not None or outcome.fenced:
+            return outcome
+        delivery = delivery.counted(*self._charges[delivery.place])
+        died = died_too_often(self._policy.retry, delivery)
+        outcome = self._process(batch.only([delivery.failed(died) if died else delivery], {}))
+        if outcome.trouble is None:
+            # Otherwise the same attempt goes on: this process lives, and a conflict is nobody's crash.
+            self._charges.pop(delivery.place)
+        return outcome
 
-def _message(delivery: Delivery) -> Message[object]:
-    if delivery.message is None:
-        raise AssertionError(f"{delivery.record} was not decoded")
-    return delivery.message
+    def _charge(self, batch: Batch, delivery: Delivery) -> Outcome:
+        def charge(connection: Connection) -> Outcome:
+            self._unit.fence(connection, batch.claims.values())
+            attempts, crashes = self._attempts.charge(connection, self._unit.stream, delivery.record)
+            self._charges[delivery.place] = attempts, crashes - 1
+            return Outcome()
+
+        outcome = self._unit.attempt(f"{delivery.record} may have ended a process", charge)
+        if outcome.error is not None:
+            raise outcome.error
+        events.emit("consume.charged", record=delivery.record)
+        return outcome
+
+    def _counted(self, connection: Connection, first: list[Delivery]) -> list[Delivery]:
+        """With what is known of earlier attempts: they were made in this place."""
+        if not first or first[0].attempts:
+            return first
+        counts = self._attempts.counts(connection, self._unit.stream, first[0].record)
+        return [first[0].counted(*counts), *first[1:]]
+
+    def _forget_attempts(self, connection: Connection, done: Batch) -> None:
+        if self._policy.ordering == "partition" or self._charges:
+            self._attempts.clear(connection, self._unit.stream, [delivery.record for delivery in done.deliveries])
+
+
+def died_too_often(retry: Retry | None, delivery: Delivery) -> ProcessDied | None:
+    """Why a message is not run again that was in flight each time its process died."""
+    limit = (retry or Retry()).crashes
+    if delivery.crashes < limit:
+        return None
+    return ProcessDied(f"{delivery.record} was in flight {delivery.crashes} times when its process died.")
+
+
+def _stop(delivery: Delivery, error: Exception, retry_in: float | None = None) -> Outcome:
+    return Outcome(failed={delivery.record.partition: Failure(delivery.record, error, retry_in)})

@@ -42,8 +42,9 @@ class Ownership:
         *,
         owner: str,
         mark: Callable[[Claim], None],
+        careful_for: int = 0,
     ) -> None:
-        """`mark` puts our mark on the group's offset; raises Retryable."""
+        """`mark` puts our mark on the group's offset; raises Retryable. `careful_for`: deliveries after a crash."""
         self._stream = stream
         self._positions = positions
         self._connection = connection
@@ -51,7 +52,12 @@ class Ownership:
         self._cluster = cluster
         self._owner = owner
         self._mark = mark
+        self._careful_for = careful_for
         self.claims: dict[int, Claim] = {}
+        self._left: list[Claim] = []
+        """Claims on partitions that went to others: to be released, so that those need not fear a crash."""
+        self._careful: dict[int, int] = {}
+        """Partitions whose last owner may have died of a message, and for how many deliveries to be careful."""
         self._waiting: dict[int, tuple[float, Claim | None]] = {}
         """Assigned, paused, not ours: when to claim, and the claim to renew if its outcome is in doubt."""
 
@@ -88,8 +94,25 @@ class Ownership:
     def revoked(self, partitions: Iterable[int]) -> None:
         """Forget the claims; only local state, no transaction is open here and none is opened."""
         for partition in partitions:
-            self.claims.pop(partition, None)
+            claim = self.claims.pop(partition, None)
+            if claim is not None:
+                self._left.append(claim)
             self._waiting.pop(partition, None)
+            self._careful.pop(partition, None)
+
+    # --- after a crash ---
+
+    def careful(self) -> set[int]:
+        """Partitions of which any message may end the process."""
+        return self._careful.keys() & self.claims.keys()
+
+    def survived(self, partition: int, deliveries: int) -> None:
+        """So many more deliveries of it did no harm."""
+        left = self._careful.get(partition, 0) - deliveries
+        if left > 0:
+            self._careful[partition] = left
+        else:
+            self._careful.pop(partition, None)
 
     # --- losing and claiming again ---
 
@@ -141,6 +164,16 @@ class Ownership:
         with self._connection.begin("check the claims", opening=False) as connection:
             return self._positions.lost(connection, self._stream, self.claims.values())
 
+    def release_left(self) -> None:
+        """Release what went to others in a rebalance; outside the callback, where no transaction is opened for it.
+
+        Best effort, and nothing where the successor has claimed already: it is only more careful for a while.
+        """
+        left, self._left = self._left, []
+        if left:
+            with self._connection.begin("release partitions that went to others") as connection:
+                self._positions.release(connection, self._stream, left)
+
     def release(self) -> None:
         """Leave cleanly; best effort, a crash leaves the owner's name in the row and nothing else."""
         if self.claims:
@@ -173,6 +206,8 @@ class Ownership:
             self._terminate_holder(partition)
             claim = self._take(partition, offsets)
         self.claims[partition] = claim  # close() releases it if the range is refused
+        if claim.unclean:
+            self._careful[partition] = self._careful_for
         self._check_range(claim)
         if _is_foreign(partition, offsets):
             # Left as it is, it would look like somebody's hand as soon as we have moved on and died.

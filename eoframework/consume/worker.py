@@ -15,13 +15,12 @@ from collections.abc import Callable, Mapping
 
 from eoframework import clock, events
 from eoframework.app import App
+from eoframework.consume.assembly import assemble
 from eoframework.consume.batch import Failure, Outcome
-from eoframework.consume.executor import Executor, Stores
+from eoframework.consume.failure import ParkingFull
 from eoframework.consume.ownership import Ownership
 from eoframework.consume.start import Start, Surroundings
-from eoframework.db.outbox import Outbox
 from eoframework.db.position import Claim, Positions, Stream
-from eoframework.db.processed import ProcessedMessages
 from eoframework.db.unit_of_work import Timeouts, WorkerConnection
 from eoframework.errors import HandlerFailed, LostConnection, Retryable
 from eoframework.handlers import Handler
@@ -37,6 +36,9 @@ log = logging.getLogger(__name__)
 _CHECK_SECONDS = 5.0
 _REPEAT_WARNING_SECONDS = 30.0
 _LONGEST_BACKOFF = 5.0
+# Parked messages get this share of the time that batches take, and at least so many seconds a step.
+_DRAIN_SHARE = 0.3
+_DRAIN_LEAST = 0.02
 
 
 class ConsumeWorker:
@@ -63,6 +65,9 @@ class ConsumeWorker:
         self._largest = handler.max_batch or settings.max_batch
         self._limit = self._largest
         self._blocked: dict[int, Failure] = {}
+        """Partitions that stand still at a message."""
+        self._retry_at: dict[int, float] = {}
+        """When those go on that only wait."""
         self._uncommitted: dict[int, Claim] = {}
         self._next_commit = self._next_check = self._next_warning = 0.0
         self._rerun_pause = Backoff(longest=_LONGEST_BACKOFF)
@@ -83,9 +88,23 @@ class ConsumeWorker:
         self._stream = self._register(positions)
         owner = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
         self._ownership = Ownership(
-            self._stream, positions, self._connection, self._admin, owner=owner, mark=self._mark
+            self._stream,
+            positions,
+            self._connection,
+            self._admin,
+            owner=owner,
+            mark=self._mark,
+            careful_for=self._largest,
         )
-        self._executor = self._make_executor(positions)
+        self._executor, self._drain = assemble(
+            handler,
+            self._app,
+            self._stream,
+            self._connection,
+            settings,
+            stopping=self._draining.is_set,
+            before_commit=self._confirm_topic,
+        )
         config = consumer_config(settings, group=handler.group, client_id=owner)
         config["enable.partition.eof"] = self._once
         self._consumer = GroupConsumer(
@@ -101,24 +120,9 @@ class ConsumeWorker:
         with self._connection.begin(f"{self._handler.group}: register") as connection:
             return start.register(connection, around, app=self._app.name, declared=declared)
 
-    def _make_executor(self, positions: Positions) -> Executor:
-        schema = self._app.database.schema
-        return Executor(
-            self._handler,
-            self._stream,
-            Stores(positions, ProcessedMessages(schema), Outbox(schema)),
-            self._connection,
-            self._app.session_factory,
-            app_name=self._app.name,
-            # The batch ends early rather than letting the group think this member is dead.
-            budget=self._settings.max_poll_interval / 3,
-            stopping=self._draining.is_set,
-            before_commit=self._confirm_topic,
-        )
-
     def drained(self) -> bool:
         """Every partition assigned to us has been processed to its end."""
-        if self._consumer is None or self._ownership.waiting:
+        if self._consumer is None or self._ownership.waiting or self._drain.busy or self._retry_at:
             return False
         claimed = set(self._ownership.claims)
         return bool(claimed) and claimed <= self._consumer.ended.keys() | set(self._blocked)
@@ -143,18 +147,30 @@ class ConsumeWorker:
     # --- one step ---
 
     def step(self) -> float:
-        """Claim what waits, fetch a batch, execute it, apply the outcome."""
+        """Claim what waits, fetch a batch, execute it, apply the outcome; then what was parked and is due."""
         consumer = self._member()
         self._claim_waiting(consumer)
+        self._retry_waiting(consumer)
         records = self._fetch(consumer)
+        self._release_left()
+        started = clock.monotonic()
         records = [record for record in records if record.partition in self._ownership.claims]
         if records:
             touched = {record.partition for record in records}
             claims = {partition: self._ownership.claims[partition] for partition in touched}
             self._topic_asked = self._ownership.ask_topic()
-            self._apply(consumer, self._executor.execute(records, claims), records)
+            careful = self._ownership.careful() & touched
+            self._apply(consumer, self._executor.execute(records, claims, careful), records)
+        self._drain_parked(consumer, max(_DRAIN_LEAST, _DRAIN_SHARE * (clock.monotonic() - started)))
         self._keep_house(consumer)
         return 0.0
+
+    def _drain_parked(self, consumer: GroupConsumer, seconds: float) -> None:
+        outcome = self._drain.run(self._ownership.claims, self._ownership.careful(), seconds=seconds)
+        if outcome.fenced:
+            self._give_way(consumer, outcome.fenced)
+        if outcome.trouble is not None:
+            self._recover(consumer, outcome.trouble)
 
     def _fetch(self, consumer: GroupConsumer) -> list[Record]:
         try:
@@ -165,7 +181,16 @@ class ConsumeWorker:
             raise
 
     def _patience(self) -> float:
-        return min(self._settings.max_wait, 0.1) if self._ownership.waiting else self._settings.max_wait
+        if self._drain.busy:
+            return 0.0
+        waiting = self._ownership.waiting or self._retry_at or self._drain.pending
+        return min(self._settings.max_wait, 0.1) if waiting else self._settings.max_wait
+
+    def _release_left(self) -> None:
+        try:
+            self._ownership.release_left()
+        except Retryable as trouble:
+            log.info("%s: %s The new owners of our partitions are more careful for a while", self.name, trouble)
 
     def _claim_waiting(self, consumer: GroupConsumer) -> None:
         """Claim partitions that wait for it, if the group still says they are ours."""
@@ -181,7 +206,8 @@ class ConsumeWorker:
             self._outage_pause.reset()
             if claim is not None:
                 self._uncommitted[partition] = claim
-                self._blocked.pop(partition, None)
+                self._forget_block(partition)
+                self._drain.look_soon()
                 consumer.start(partition, claim.next_offset)
 
     # --- outcomes ---
@@ -191,13 +217,19 @@ class ConsumeWorker:
         for partition, next_offset in outcome.moved.items():
             self._ownership.claims[partition] = self._ownership.claims[partition].moved(next_offset)
             self._uncommitted[partition] = self._ownership.claims[partition]
+            harmless = sum(record.partition == partition and record.offset < next_offset for record in records)
+            self._ownership.survived(partition, harmless)
+            self._forget_block(partition)
+        if outcome.parked:
+            self._drain.look_soon()
         if outcome.moved:
             self._rerun_pause.reset()
             self._grow()
         if outcome.fenced:
             self._give_way(consumer, outcome.fenced)
         if outcome.trouble is not None:
-            self._recover(consumer, outcome.trouble, len(records))
+            self._limit = max(1, len(records) // 2)
+            self._recover(consumer, outcome.trouble)
         self._rewind_rest(consumer, records)
         for failure in outcome.failed.values():
             self._block(consumer, failure)
@@ -219,12 +251,11 @@ class ConsumeWorker:
         consumer.pause(partitions)
         self._ownership.fenced(partitions)
 
-    def _recover(self, consumer: GroupConsumer, trouble: Retryable, size: int) -> None:
-        """Run the same again, smaller: it meets fewer rows of others and fits into shorter timeouts.
+    def _recover(self, consumer: GroupConsumer, trouble: Retryable) -> None:
+        """Run the same again (a batch smaller: it meets fewer rows of others and fits into shorter timeouts).
 
         After a lost connection the rows are read first.
         """
-        self._limit = max(1, size // 2)
         if isinstance(trouble, LostConnection):
             log.warning("%s: %s Whether the batch was committed is read from the position rows", self.name, trouble)
             consumer.pause(self._ownership.claims)
@@ -249,6 +280,10 @@ class ConsumeWorker:
 
     def _block(self, consumer: GroupConsumer, failure: Failure) -> None:
         """Stop at a failing message: nothing behind it in its partition is processed, nothing is skipped."""
+        partition = failure.record.partition
+        if failure.retry_in is not None:
+            self._wait_for(consumer, partition, failure, failure.retry_in)
+            return
         error = HandlerFailed(
             f"{self._handler.group} failed at {failure.record}: {type(failure.error).__name__}: {failure.error}.",
             remedy="Everything before it is committed; it and what follows in its partition wait. Mend the handler or "
@@ -258,13 +293,33 @@ class ConsumeWorker:
         if self._settings.on_failure == "stop":
             raise error from failure.error
         log.error("%s Its partition is paused; the others go on", error, exc_info=failure.error)
-        self._blocked[failure.record.partition] = failure
-        consumer.pause([failure.record.partition])
+        self._blocked[partition] = failure
+        consumer.pause([partition])
+
+    def _wait_for(self, consumer: GroupConsumer, partition: int, failure: Failure, seconds: float) -> None:
+        """The partition pauses and the polling goes on, so that the group does not think this member is dead."""
+        if partition not in self._blocked and isinstance(failure.error, ParkingFull):
+            log.error("%s: %s; it pauses at %s until there is room", self.name, failure.error, failure.record)
+        self._blocked[partition] = failure
+        self._retry_at[partition] = clock.monotonic() + seconds
+        consumer.pause([partition])
+
+    def _retry_waiting(self, consumer: GroupConsumer) -> None:
+        now = clock.monotonic()
+        for partition in [p for p, when in self._retry_at.items() if when <= now]:
+            del self._retry_at[partition]
+            claim = self._ownership.claims.get(partition)
+            if claim is not None:
+                consumer.start(partition, claim.next_offset)
+
+    def _forget_block(self, partition: int) -> None:
+        self._blocked.pop(partition, None)
+        self._retry_at.pop(partition, None)
 
     def _revoked(self, partitions: list[int]) -> None:
         self._ownership.revoked(partitions)
         for partition in partitions:
-            self._blocked.pop(partition, None)
+            self._forget_block(partition)
             self._uncommitted.pop(partition, None)
 
     # --- now and then ---

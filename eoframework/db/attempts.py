@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import Connection, CursorResult
@@ -30,7 +31,11 @@ ON CONFLICT (consumer_id, topic_id, partition, "offset") DO UPDATE SET attempts 
     last_failed_at = excluded.last_failed_at, error_class = excluded.error_class,
     fingerprint = excluded.fingerprint, error = excluded.error, traceback = excluded.traceback
 """
-_CLEAR = f"DELETE FROM {{eo}}.attempt WHERE {_HERE}"
+_CLEAR = """
+DELETE FROM {eo}.attempt a USING unnest(%(partitions)s::int[], %(offsets)s::bigint[]) AS done(partition, place)
+WHERE a.consumer_id = %(consumer_id)s AND a.topic_id = %(topic_id)s AND a.partition = done.partition
+    AND a."offset" = done.place
+"""
 
 
 class Attempts:
@@ -63,9 +68,10 @@ class Attempts:
         }
         self._run(connection, _FAILED, stream, record, **values)
 
-    def clear(self, connection: Connection, stream: Stream, record: Record) -> None:
-        """It is done with."""
-        self._run(connection, _CLEAR, stream, record)
+    def clear(self, connection: Connection, stream: Stream, records: Sequence[Record]) -> None:
+        """They are done with."""
+        values = {"partitions": [r.partition for r in records], "offsets": [r.offset for r in records]}
+        connection.exec_driver_sql(self._schema.sql(_CLEAR), {**stream.key(), **values})
 
     def _run(
         self, connection: Connection, sql: str, stream: Stream, record: Record, **values: object

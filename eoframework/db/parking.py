@@ -54,6 +54,7 @@ FROM unnest(%(partitions)s::int[], %(lanes)s::uuid[], %(offsets)s::bigint[], %(i
          error_class, fingerprint, error, traceback)
 """
 _COUNT = "SELECT count(*) FROM (SELECT FROM {eo}.parked_message WHERE consumer_id = %(consumer_id)s LIMIT %(limit)s) m"
+_ANY = f"SELECT EXISTS (SELECT FROM {{eo}}.parked_key WHERE {_HERE} AND partition = ANY(%(partitions)s::int[]))"
 _DUE = f"""
 SELECT partition, lane FROM {{eo}}.parked_key
 WHERE {_HERE} AND partition = ANY(%(partitions)s::int[]) AND NOT held AND due_at <= clock_timestamp()
@@ -132,6 +133,10 @@ class Parking:
     def count(self, connection: Connection, consumer_id: int, *, limit: int) -> int:
         """How many messages of the consumer are parked; counts no further than `limit`."""
         return int(self._all(connection, _COUNT, {"consumer_id": consumer_id, "limit": limit})[0][0])
+
+    def any(self, connection: Connection, stream: Stream, partitions: Collection[int]) -> bool:
+        """Whether anything waits in these partitions, due or not."""
+        return bool(self._all(connection, _ANY, {**stream.key(), "partitions": list(partitions)})[0][0])
 
     def due(self, connection: Connection, stream: Stream, partitions: Collection[int], *, limit: int) -> list[Lane]:
         """Lanes of these partitions whose time has come, those that wait longest first."""

@@ -31,6 +31,14 @@ SELECT %(consumer_id)s, %(topic_id)s, p, %(topic)s, %(cluster_id)s, o
 FROM unnest(%(partitions)s::int[], %(offsets)s::bigint[]) AS start(p, o) ORDER BY p
 ON CONFLICT DO NOTHING
 """
+# No id was recorded for what another program processed up to there (db/coverage.py).
+_UNCOVERED = """
+INSERT INTO {eo}.coverage AS old (consumer_id, topic_id, partition, covered_from)
+SELECT %(consumer_id)s, %(topic_id)s, p, o FROM unnest(%(partitions)s::int[], %(offsets)s::bigint[]) AS start(p, o)
+ORDER BY p
+ON CONFLICT (consumer_id, topic_id, partition) DO UPDATE
+    SET covered_from = greatest(old.covered_from, excluded.covered_from)
+"""
 _CLAIM = """
 INSERT INTO {eo}.position AS p (consumer_id, topic_id, partition, topic, cluster_id, next_offset,
     epoch, owner, backend_pid, backend_start, claimed_at)
@@ -41,6 +49,10 @@ FROM pg_stat_activity a WHERE a.pid = pg_backend_pid() AND EXISTS (SELECT FROM {
 ON CONFLICT (consumer_id, topic_id, partition) DO UPDATE SET epoch = p.epoch + 1, owner = excluded.owner,
     backend_pid = excluded.backend_pid, backend_start = excluded.backend_start, claimed_at = excluded.claimed_at
 RETURNING next_offset, epoch
+"""
+_HOLDER = """
+SELECT owner FROM {eo}.position WHERE consumer_id = %(consumer_id)s AND topic_id = %(topic_id)s
+    AND partition = %(partition)s FOR NO KEY UPDATE
 """
 _RECLAIM = """
 UPDATE {eo}.position SET epoch = epoch + 1, backend_pid = a.pid, backend_start = a.backend_start,
@@ -117,6 +129,8 @@ class Claim:
     partition: int
     epoch: int
     next_offset: int
+    unclean: bool = False
+    """The owner before us did not release it: it may have died of a message."""
 
     def moved(self, next_offset: int) -> Claim:
         return replace(self, next_offset=next_offset)
@@ -155,10 +169,17 @@ class Positions:
         rows = self._all(connection, "known", {"consumer_id": consumer_id, "topic": topic})
         return [PositionRow(*row) for row in rows]
 
-    def start(self, connection: Connection, stream: Stream, offsets: Mapping[int, int]) -> None:
-        """Store where a consumer begins; a row that exists is left alone."""
+    def start(
+        self, connection: Connection, stream: Stream, offsets: Mapping[int, int], *, adopted: bool = False
+    ) -> None:
+        """Store where a consumer begins; a row that exists is left alone.
+
+        `adopted`: what lies before was processed by another program, which recorded no ids.
+        """
         values = {"partitions": list(offsets), "offsets": list(offsets.values())}
         connection.exec_driver_sql(self._sql["start"], {**stream.row(), **values})
+        if adopted:
+            connection.exec_driver_sql(self._sql["uncovered"], {**stream.key(), **values})
 
     def claim(self, connection: Connection, stream: Stream, partition: int, *, owner: str) -> Claim:
         """Take the partition over: everybody who held it before can change nothing any more.
@@ -167,12 +188,15 @@ class Positions:
         the consumer's first start and begins at 0; where no partition has a row, `eo position forget` came after our
         registration, and beginning at 0 would ignore `start`: raises RestartNeeded.
         """
-        found = self._all(connection, "claim", {**stream.row(), "partition": partition, "owner": owner})
+        values = {**stream.row(), "partition": partition, "owner": owner}
+        holder = self._all(connection, "holder", values)
+        found = self._all(connection, "claim", values)
         if not found:
             raise RestartNeeded(
                 f"{stream.consumer}: its positions were forgotten while it started.", remedy="Start it again."
             )
-        return Claim(partition, epoch=found[0][1], next_offset=found[0][0])
+        unclean = bool(holder) and holder[0][0] not in {None, owner}
+        return Claim(partition, epoch=found[0][1], next_offset=found[0][0], unclean=unclean)
 
     def claim_again(self, connection: Connection, stream: Stream, claim: Claim) -> Claim | None:
         """Renew our own claim after a doubt, None when somebody else has taken over meanwhile.
@@ -239,6 +263,8 @@ _STATEMENTS = {
     "siblings": _SIBLINGS,
     "known": _KNOWN,
     "start": _START,
+    "uncovered": _UNCOVERED,
+    "holder": _HOLDER,
     "claim": _CLAIM,
     "reclaim": _RECLAIM,
     "advance": _ADVANCE,

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from eoframework import App
+from eoframework.consume.assembly import assemble
 from eoframework.consume.batch import Outcome
-from eoframework.consume.executor import Executor, Stores
-from eoframework.db.outbox import Outbox
 from eoframework.db.position import Positions, Stream
-from eoframework.db.processed import ProcessedMessages
 from eoframework.db.unit_of_work import Timeouts, WorkerConnection
 from eoframework.message import Record
 from tests.consume.harness import next_offsets, scalar
@@ -31,18 +29,18 @@ class Rig:
             stream = Stream(number, handler.group, handler.topic.name, TOPIC_ID, "cluster")
             positions.start(connection, stream, dict.fromkeys(range(3), 0))
             self.claims = {p: positions.claim(connection, stream, p, owner="rig") for p in range(3)}
-        stores = Stores(positions, ProcessedMessages(database.schema), Outbox(database.schema))
-        self._executor = Executor(
-            handler, stream, stores, self.connection, app.session_factory, app_name=app.name, budget=budget
-        )
+        settings = app.settings.model_copy(update={"max_poll_interval": budget * 3})
+        self._executor, self.drain = assemble(handler, app, stream, self.connection, settings)
         self._topic = handler.topic.name
         self._ends = dict.fromkeys(self.claims, 0)
 
-    def record(self, value: bytes | None, *, partition: int = 0, identity: str | None = None) -> Record:
+    def record(
+        self, value: bytes | None, *, partition: int = 0, identity: str | None = None, key: bytes | None = None
+    ) -> Record:
         """The next record of the partition."""
         offset, self._ends[partition] = self._ends[partition], self._ends[partition] + 1
         headers = (("message-id", identity.encode()),) if identity else ()
-        return Record(self._topic, partition, offset, None, value, headers, 0)
+        return Record(self._topic, partition, offset, key, value, headers, 0)
 
     def run(self, records: Sequence[Record]) -> Outcome:
         claims = {r.partition: self.claims[r.partition] for r in records}
@@ -50,6 +48,11 @@ class Rig:
         for partition, offset in outcome.moved.items():
             self.claims[partition] = self.claims[partition].moved(offset)
         return outcome
+
+    def run_parked(self, seconds: float = 10, careful: Collection[int] = ()) -> Outcome:
+        """Run what is parked and due."""
+        self.drain.look_soon()
+        return self.drain.run(self.claims, careful, seconds=seconds)
 
     def positions(self) -> list[int]:
         return [offset for _, offset in next_offsets(self.app.database)]

@@ -66,8 +66,8 @@ def test_failing_messages_stop_their_partitions_alone_until_mended(
 ) -> None:
     """One raises, one cannot be decoded, in two of three partitions.
 
-    Seen to fail without Executor._one_by_one (nothing before the failing message was processed), and without the
-    `continue` for its partition there (messages behind it overtook it).
+    Seen to fail without Executor._smaller (nothing before the failing message was processed), and without
+    `total.stops` in `_process` (messages behind it overtook it).
     """
     make_ledger(database.engine)
     topic = make_topic(partitions=3)
@@ -79,7 +79,7 @@ def test_failing_messages_stop_their_partitions_alone_until_mended(
     app = make_app(with_settings(settings, on_failure="pause"), database)
     broken = True
 
-    @app.handler(Topic(topic, Entry), name="book")
+    @app.handler(Topic(topic, Entry), name="book", retry=None)
     def picky(message: Message[Entry], tx: Tx) -> None:
         book(message, tx)
         if broken and message.partition == 1 and message.payload.n == 5:
@@ -135,7 +135,7 @@ def test_a_record_that_means_nothing_stops_there_and_is_not_skipped(
     value: bytes | None,
 ) -> None:
     send(topic_name, [(None, entry(1)), (None, value), (None, entry(3))])
-    app.handler(Topic(topic_name, Entry), name="book")(book)
+    app.handler(Topic(topic_name, Entry), name="book", retry=None)(book)
     assert run_once(app) == 70
     assert next_offsets(database) == [(0, 1)]
     assert f"{topic_name}[0]@1" in caplog.text
@@ -151,7 +151,7 @@ def test_a_header_name_the_client_cannot_read_fails_its_record_alone(
     send(topic_name, [(None, entry(n)) for n in range(100)])
     produce_with_header_name(settings.require_bootstrap_servers(), topic_name, entry(2), b"\xff\xfe")
     send(topic_name, [(None, entry(3))])
-    app.handler(Topic(topic_name, Entry), name="book")(book)
+    app.handler(Topic(topic_name, Entry), name="book", retry=None)(book)
     assert run_once(app) == 70
     assert next_offsets(database) == [(0, 100)]
 
@@ -290,7 +290,7 @@ def test_a_blocked_partition_that_another_member_had_meanwhile_runs_again(
         if name == "consume.failed":
             blocked.append(fields["record"].partition)
 
-    @app.handler(Topic(topic, Entry), name="book")
+    @app.handler(Topic(topic, Entry), name="book", retry=None)
     def picky(message: Message[Entry], tx: Tx) -> None:
         if broken.is_set():
             raise ValueError("not yet")

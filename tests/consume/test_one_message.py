@@ -61,7 +61,7 @@ def test_effects_rolled_back_with_the_batch_when_the_handler_raises(
 ) -> None:
     send(topic_name, [(None, entry(n)) for n in range(10)])
 
-    @app.handler(Topic(topic_name, Entry), name="book")
+    @app.handler(Topic(topic_name, Entry), name="book", retry=None)
     def fails_at_seven(message: Message[Entry], tx: Tx) -> None:
         book(message, tx)
         if message.payload.n == 7:
@@ -115,7 +115,7 @@ def test_published_messages_are_outbox_rows_of_the_same_transaction(
     send(source, [(None, entry(n)) for n in range(4)])
     out = Topic(target, Entry)
 
-    @app.handler(Topic(source, Entry), name="forward")
+    @app.handler(Topic(source, Entry), name="forward", retry=None)
     def forward(message: Message[Entry], tx: Tx) -> None:
         tx.publish(out, message.payload)
         if message.payload.n == 3:

@@ -35,7 +35,7 @@ def app(settings: Settings, database: Database) -> App:
 
 
 def rig_of(app: App, then: Then = lambda message, tx: None, *, budget: float = 60) -> Rig:
-    @app.handler(Topic("outcomes", Entry), name="book")
+    @app.handler(Topic("outcomes", Entry), name="book", retry=None)
     def book(message: Message[Entry], tx: Tx) -> None:
         tx.session.execute(INSERT, {"p": message.partition, "o": message.offset, "n": str(message.payload.n)})
         then(message, tx)
@@ -63,7 +63,7 @@ def test_an_undecodable_record_has_failed_only_once_all_before_it_is_done(app: A
 
 
 def test_a_fenced_partition_takes_the_batch_back_whole(app: App) -> None:
-    """Seen to fail with `raise Fence` taken out of Executor._unit: effects of a partition that was no longer ours."""
+    """Seen to fail with `raise Fence` taken out of Unit.fence: effects of a partition that was no longer ours."""
     rig = rig_of(app)
     with app.database.engine.begin() as connection:
         connection.execute(text("UPDATE eo.position SET epoch = epoch + 1 WHERE partition = 1"))
@@ -75,8 +75,8 @@ def test_a_fenced_partition_takes_the_batch_back_whole(app: App) -> None:
     assert rig.run([records[0], records[2]]).moved == {0: 1, 2: 1}
 
 
-def test_one_by_one_stops_at_a_conflict_and_keeps_what_was_committed(app: App) -> None:
-    """Seen to fail with the `break` at trouble taken out of Executor._one_by_one: the next message overtook it and
+def test_smaller_parts_stop_at_a_conflict_and_keep_what_was_committed(app: App) -> None:
+    """Seen to fail with the condition on trouble taken out of Executor._process: the next message overtook it and
     went past it.
     """
     runs: list[int] = []
@@ -100,7 +100,7 @@ def test_one_by_one_stops_at_a_conflict_and_keeps_what_was_committed(app: App) -
 
 @pytest.mark.parametrize("hides", [False, True])
 def test_a_connection_lost_in_the_handler_is_trouble_whatever_the_handler_makes_of_it(app: App, hides: bool) -> None:
-    """Seen to fail with the question for `status()` taken out of Executor._failed: the message was blamed, with 70."""
+    """Seen to fail with the question for `status()` taken out of Unit._failed: the message was blamed, with 70."""
 
     def die(message: Message[Entry], tx: Tx) -> None:
         try:
@@ -130,10 +130,10 @@ def test_a_statement_timeout_is_trouble_and_not_the_messages_fault(app: App) -> 
     assert outcome.failed == {}
 
 
-def test_a_batch_that_fails_is_handed_over_again_message_by_message(app: App) -> None:
+def test_a_batch_that_fails_is_handed_over_again_in_halves(app: App) -> None:
     batches: list[int] = []
 
-    @app.batch_handler(Topic("outcomes", Entry), name="book")
+    @app.batch_handler(Topic("outcomes", Entry), name="book", retry=None)
     def book(batch: list[Message[Entry]], tx: Tx) -> None:
         batches.append(len(batch))
         for message in batch:
@@ -143,7 +143,7 @@ def test_a_batch_that_fails_is_handed_over_again_message_by_message(app: App) ->
 
     rig = Rig(app)
     outcome = rig.run([rig.record(b'{"n": %d}' % n) for n in range(4)])
-    assert batches == [4, 1, 1, 1]
+    assert batches == [4, 2, 2, 1]
     assert outcome.moved == {0: 2}
     assert outcome.failed[0].record.offset == 2
     assert booked(rig) == ["0@0", "0@1"]

@@ -1,0 +1,179 @@
+"""The life of a message that was set aside: due, run alone in its turn, done with.
+
+    due lane -> begin -> fence -> lane FOR UPDATE, its first message -> first-timer or duplicate -> handler
+             -> the parked row is deleted, the lane opens with the last -> outbox rows -> COMMIT
+
+The deletion of the parked row in the transaction of its effect is its fence and its memory: after a COMMIT in doubt the
+row is there or not, and nothing else is asked. The owner of the partition drains, on the thread that runs its batches,
+so within a lane nothing overtakes anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from eoframework import clock, events
+from eoframework.consume.batch import Delivery, Lane, Outcome, Place
+from eoframework.consume.calls import HandlerError
+from eoframework.consume.executor import died_too_often
+from eoframework.consume.unit import Unit
+from eoframework.db.parking import Parking
+from eoframework.db.position import Claim
+from eoframework.db.session import Connection
+from eoframework.errors import EoError
+from eoframework.failures import Parked
+
+_LANES = 100
+# Someone may put a dead letter back while nothing is parked that we know of.
+_LOOK_SELDOM = 1.0
+_LOOK_OFTEN = 0.1
+
+
+class Drain:
+    """Runs the parked messages of the partitions that a worker owns."""
+
+    def __init__(self, unit: Unit, parking: Parking) -> None:
+        self._unit = unit
+        self._parking = parking
+        self._next_look = 0.0
+        self._lanes: list[Lane] = []
+        self._fearful: set[int] = set()
+        """Partitions whose last owner may have died of a parked message: until all that is due has run."""
+        self._charges: dict[Place, int] = {}
+        """Messages already charged by this process with a crash, and how many they had before."""
+        self.pending = True
+        """Whether something may be parked: then it is worth looking often."""
+
+    def look_soon(self) -> None:
+        """Something was parked, or partitions were claimed."""
+        self.pending = True
+        self._next_look = 0.0
+
+    @property
+    def busy(self) -> bool:
+        """Whether due messages were left over."""
+        return bool(self._lanes)
+
+    def run(self, claims: Mapping[int, Claim], careful: Collection[int], *, seconds: float) -> Outcome:
+        """Run due messages of these partitions, at least one and for about so long; nothing of a position moves."""
+        self._fearful = (self._fearful | set(careful)) & claims.keys()
+        total = Outcome()
+        until = clock.monotonic() + seconds
+        total.add(self._look(claims))
+        while self._lanes and total.trouble is None:
+            lane = self._lanes[0]
+            claim = claims.get(lane[0])
+            outcome = self._one(lane, claim) if claim is not None and not total.stops(lane[0]) else None
+            if outcome is None:
+                self._lanes.pop(0)
+                continue
+            total.add(outcome)
+            if clock.monotonic() > until:
+                break
+        return total
+
+    def _look(self, claims: Mapping[int, Claim]) -> Outcome:
+        now = clock.monotonic()
+        if self._lanes or not claims or now < self._next_look:
+            return Outcome()
+
+        def look(connection: Connection) -> Outcome:
+            stream = self._unit.stream
+            self._lanes = self._parking.due(connection, stream, claims.keys(), limit=_LANES)
+            self.pending = bool(self._lanes) or self._parking.any(connection, stream, claims.keys())
+            return Outcome()
+
+        outcome = self._unit.attempt("look for due messages", look)
+        if not self._lanes and outcome.trouble is None:
+            self._fearful.clear()
+        self._next_look = now + (_LOOK_OFTEN if self.pending else _LOOK_SELDOM)
+        return outcome
+
+    # --- one message ---
+
+    def _one(self, lane: Lane, claim: Claim) -> Outcome | None:
+        """Run the lane's first message; None when there is none that is due."""
+        if lane[0] in self._fearful:
+            outcome = self._charge(lane, claim)
+            if outcome.trouble is not None or outcome.fenced:
+                return outcome
+        found: list[tuple[Parked, Delivery]] = []
+
+        def work(connection: Connection) -> Outcome:
+            self._unit.fence(connection, [claim])
+            parked = self._parking.head(connection, self._unit.stream, lane)
+            if parked is None:
+                return Outcome()
+            found.append((parked, self._delivery(parked)))
+            return self._work(connection, *found[0])
+
+        outcome = self._unit.attempt(f"parked message of {self._unit.stream.topic}[{lane[0]}]", work)
+        if outcome.trouble is not None or outcome.fenced:
+            return outcome
+        if not found:
+            return None
+        parked, delivery = found[0]
+        if outcome.error is not None:
+            outcome = self._failed_again(claim, parked, delivery, outcome.error)
+        else:
+            events.emit("consume.unparked", record=parked.record)
+        if outcome.trouble is None:
+            self._charges.pop(delivery.place, None)
+        return outcome
+
+    def _delivery(self, parked: Parked) -> Delivery:
+        place = parked.record.partition, parked.record.offset
+        delivery = self._unit.decode(parked.record).counted(parked.attempts, self._charges.get(place, parked.crashes))
+        died = died_too_often(self._unit.handler.policy.retry, delivery)
+        return delivery.failed(died) if died is not None else delivery
+
+    def _work(self, connection: Connection, parked: Parked, delivery: Delivery) -> Outcome:
+        unit = self._unit
+        events.emit("consume.due", record=parked.record)
+        if delivery.error is not None:
+            outcome, letters = unit.failures.settle_parked(connection, parked, delivery, delivery.error)
+            unit.publish(connection, letters)
+            return outcome
+        first = unit.first_timers(connection, [delivery])
+        walk = unit.calls.run(connection, first, shut=set())
+        if walk.fallen:  # a batch handler said so with tx.fail
+            raise HandlerError(walk.fallen[0].error or EoError("tx.fail"))
+        self._parking.remove(connection, unit.stream, parked)
+        outcome = Outcome(messages=len(walk.ran), duplicates=1 - len(first))
+        unit.failures.end_run(connection, outcome)
+        unit.publish(connection, walk.outbox)
+        return outcome
+
+    def _failed_again(self, claim: Claim, parked: Parked, delivery: Delivery, error: Exception) -> Outcome:
+        """It was rolled back. Its lane was unlocked meanwhile: what stands first in it now may be another."""
+
+        def settle(connection: Connection) -> Outcome:
+            self._unit.fence(connection, [claim])
+            head = self._parking.head(connection, self._unit.stream, (claim.partition, parked.lane))
+            if head is None or head.record.offset != parked.record.offset:
+                return Outcome()
+            outcome, letters = self._unit.failures.settle_parked(connection, head, delivery, error)
+            self._unit.publish(connection, letters)
+            return outcome
+
+        outcome = self._unit.attempt(f"{parked.record} failed again", settle)
+        if outcome.error is not None:
+            raise outcome.error
+        return outcome
+
+    def _charge(self, lane: Lane, claim: Claim) -> Outcome:
+        """Count the attempt before it is made: see Executor._carefully."""
+
+        def charge(connection: Connection) -> Outcome:
+            self._unit.fence(connection, [claim])
+            parked = self._parking.head(connection, self._unit.stream, lane)
+            if parked is not None and (parked.record.partition, parked.record.offset) not in self._charges:
+                self._parking.charge(connection, self._unit.stream, parked, parked.crashes + 1)
+                self._charges[parked.record.partition, parked.record.offset] = parked.crashes
+            return Outcome()
+
+        outcome = self._unit.attempt("a parked message may have ended a process", charge)
+        if outcome.error is not None:
+            raise outcome.error
+        events.emit("consume.charged", lane=lane)
+        return outcome

@@ -1,0 +1,275 @@
+"""What becomes of a message that failed: tried again later, or given up. In the transaction that moves the position on.
+
+failed ─┬─ attempts left ──> parked in its lane ── due ──> runs alone (consume/drain.py)
+        └─ given up ───────> dead letter, its id processed; its key goes on, or is held for a person
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from eoframework import clock, events
+from eoframework.cloudevents import is_reserved
+from eoframework.consume.batch import Delivery, Lane, Outcome
+from eoframework.consume.calls import Walk
+from eoframework.db.attempts import Attempts
+from eoframework.db.dead_letters import Dead, DeadLetters
+from eoframework.db.parking import Parking, Waiting
+from eoframework.db.position import Stream
+from eoframework.db.processed import ProcessedMessages
+from eoframework.db.session import Connection
+from eoframework.errors import FailClosed
+from eoframework.failures import Cause, Parked, cause_of
+from eoframework.handlers import Handler
+from eoframework.message import Headers, OutboxMessage, new_id
+from eoframework.retry import GiveUp, Retry, Tally, streaks
+
+log = logging.getLogger(__name__)
+
+Verdict = float | GiveUp
+"""Seconds until the next attempt, or why there is none."""
+
+_COUNT_EVERY = 1.0
+
+
+class ParkingFull(Exception):
+    """There is no room to set more messages aside: their partition waits until there is."""
+
+
+@dataclass(frozen=True, slots=True)
+class FailureStores:
+    """The tables of messages that failed."""
+
+    parking: Parking
+    dead_letters: DeadLetters
+    attempts: Attempts
+    processed: ProcessedMessages
+
+
+class Failures:
+    """Decides about failing messages by the handler's policy, and writes down what was decided."""
+
+    def __init__(self, handler: Handler, stream: Stream, stores: FailureStores, *, text: bool) -> None:
+        """`text`: whether an error's message and traceback may be stored."""
+        self._handler = handler
+        self._policy = handler.policy
+        self._retry = handler.policy.retry or Retry()
+        self._stream = stream
+        self._stores = stores
+        self._text = text
+        self._tally = Tally(handler.policy.breaker)
+        self._run_unknown = True
+        self._room = 0
+        self._room_known_until = 0.0
+        self._news: list[Callable[[], None]] = []
+        """What is told once it is committed."""
+
+    # --- deciding ---
+
+    def judge(self, delivery: Delivery, error: Exception) -> Verdict:
+        """What to do about this failure of this message."""
+        return self._retry.decide(delivery.attempts + 1, error, dice=clock.jitter(0, 1))
+
+    def shuts(self, delivery: Delivery, error: Exception) -> bool:
+        """Whether later messages of its lane must wait for it, or for a person."""
+        return not isinstance(self.judge(delivery, error), GiveUp) or self._policy.after_dead == "hold"
+
+    def shut_lanes(self, connection: Connection, deliveries: Iterable[Delivery]) -> set[Lane]:
+        """Lanes of these deliveries in which something waits; they stay so until the transaction ends."""
+        return self._stores.parking.shut(connection, self._stream, {delivery.lane for delivery in deliveries})
+
+    # --- writing down, in the transaction that moves the position on ---
+
+    def settle(
+        self, connection: Connection, walk: Walk, behind: Sequence[Delivery]
+    ) -> tuple[Outcome, list[OutboxMessage]]:
+        """Set aside what fell and what waits behind it; returns the counts, and what is to be published about it.
+
+        `behind`: what has to wait for something of an earlier batch. Raises ParkingFull, FailClosed (the breaker).
+        """
+        verdicts = [(delivery, self.judge(delivery, _error(delivery))) for delivery in walk.fallen]
+        waiting = [
+            self._waiting(delivery, verdict) for delivery, verdict in verdicts if not isinstance(verdict, GiveUp)
+        ]
+        waiting += [Waiting(Parked(d.lane[1], d.record), d.id) for d in (*behind, *walk.behind)]
+        dying = [(delivery, verdict) for delivery, verdict in verdicts if isinstance(verdict, GiveUp)]
+        self._park(connection, waiting)
+        # Only what was done keeps its id: what waits must not be a duplicate of itself when its time comes.
+        recorded = {w.message_id for w in waiting} - {d.id for d in behind}
+        self._stores.processed.forget(connection, self._stream.consumer_id, {i for i in recorded if i is not None})
+        published = self._bury(connection, dying, ran=walk.ran)
+        held = [Parked(d.lane[1], d.record) for d, _ in dying if self._policy.after_dead == "hold"]
+        self._stores.parking.hold(connection, self._stream, held)
+        return Outcome(messages=len(walk.ran), parked=len(waiting), dead=len(dying)), published
+
+    def settle_parked(
+        self, connection: Connection, parked: Parked, delivery: Delivery, error: Exception
+    ) -> tuple[Outcome, list[OutboxMessage]]:
+        """A message that was waiting has failed again: it waits on, or is given up; its lane is locked."""
+        verdict = self.judge(delivery, error)
+        parking = self._stores.parking
+        if not isinstance(verdict, GiveUp):
+            again = Parked(parked.lane, parked.record, delivery.attempts + 1, delivery.crashes)
+            parking.failed(connection, self._stream, again, self._cause(error), wait=verdict)
+            self._say_waiting(delivery, error, verdict)
+            return Outcome(), []
+        # A dead letter keeps its id as processed: its producer's duplicates are not run. If one of them was, this is
+        # the duplicate, and nothing to give up.
+        ids = {delivery.id} if delivery.id is not None else set()
+        if ids and not self._stores.processed.claim(connection, self._stream.consumer_id, ids):
+            parking.remove(connection, self._stream, parked)
+            return Outcome(duplicates=1), []
+        published = self._bury(connection, [(delivery.failed(error), verdict)], ran=[])
+        parking.remove(connection, self._stream, parked, hold=self._policy.after_dead == "hold")
+        return Outcome(dead=1), published
+
+    def wait_in_place(self, connection: Connection, delivery: Delivery, error: Exception) -> Verdict:
+        """Count an attempt at a message that its partition waits for."""
+        attempts, crashes = self._stores.attempts.counts(connection, self._stream, delivery.record)
+        verdict = self.judge(delivery.counted(attempts, crashes), error)
+        if not isinstance(verdict, GiveUp):
+            cause = self._cause(error)
+            self._stores.attempts.failed(
+                connection, self._stream, delivery.record, cause, attempts=attempts + 1, crashes=delivery.crashes
+            )
+            self._say_waiting(delivery, error, verdict)
+        return verdict
+
+    def begin(self) -> None:
+        """A unit of work begins: what the last one had to tell and did not commit is forgotten."""
+        self._news.clear()
+
+    def done(self, outcome: Outcome) -> None:
+        """The unit of work was committed: what the breaker goes by."""
+        for tell in self._news:
+            tell()
+        self._room -= outcome.parked
+        self._tally.done(outcome.messages)
+        self._tally.died(outcome.dead)
+        if outcome.messages and not outcome.dead:
+            self._run_unknown = False
+        elif outcome.dead:
+            self._run_unknown = True
+
+    def end_run(self, connection: Connection, outcome: Outcome) -> None:
+        """A success ends a run of dead letters; costs a statement only if there may have been one."""
+        if self._run_unknown and outcome.messages and not outcome.dead:
+            self._stores.dead_letters.set_run(connection, self._stream.consumer_id, 0)
+
+    # --- the steps ---
+
+    def _waiting(self, delivery: Delivery, wait: float) -> Waiting:
+        error = _error(delivery)
+        self._say_waiting(delivery, error, wait)
+        parked = Parked(delivery.lane[1], delivery.record, delivery.attempts + 1, delivery.crashes)
+        return Waiting(parked, delivery.id, wait, self._cause(error))
+
+    def _park(self, connection: Connection, waiting: Sequence[Waiting]) -> None:
+        if not waiting:
+            return
+        now, limit = clock.monotonic(), self._policy.max_parked
+        if now >= self._room_known_until or self._room < len(waiting):
+            # Counted once a second: every batch would count thousands of rows while a hot key fails.
+            self._room = limit - self._stores.parking.count(connection, self._stream.consumer_id, limit=limit)
+            self._room_known_until = now + _COUNT_EVERY
+        if self._room < len(waiting):
+            raise ParkingFull(
+                f"{limit} messages of {self._handler.group} are parked (max_parked), none finds room any more"
+            )
+        self._stores.parking.park(connection, self._stream, waiting)
+
+    def _bury(
+        self, connection: Connection, dying: Sequence[tuple[Delivery, GiveUp]], *, ran: Sequence[Delivery]
+    ) -> list[OutboxMessage]:
+        if not dying:
+            return []
+        letters, consumer_id = self._stores.dead_letters, self._stream.consumer_id
+        dead = {delivery.place for delivery, _ in dying}
+        in_order = sorted(dead | {delivery.place for delivery in ran})
+        longest, run = streaks(letters.run(connection, consumer_id), [place in dead for place in in_order])
+        refusal = self._tally.refuses(run=longest, dying=len(dying))
+        if refusal is not None:
+            raise self._tripped(dying[-1][0], refusal)
+        letters.set_run(connection, consumer_id, run)
+        return [message for delivery, verdict in dying for message in self._bury_one(connection, delivery, verdict)]
+
+    def _tripped(self, delivery: Delivery, refusal: str) -> FailClosed:
+        error = _error(delivery)
+        tripped = FailClosed(
+            f"{self._handler.group} at {delivery.record}: {refusal}; it failed with {self._cause(error)}.",
+            remedy="None of these was given up, they all run again. Mend the handler or what it needs, and start "
+            "again; if they really are to die, declare the handler with another breaker=.",
+        )
+        tripped.__cause__ = error
+        return tripped
+
+    def _bury_one(self, connection: Connection, delivery: Delivery, verdict: GiveUp) -> list[OutboxMessage]:
+        error = _error(delivery)
+        cause = self._cause(error)
+        parked = Parked(delivery.lane[1], delivery.record, delivery.attempts + 1, delivery.crashes)
+        holds = self._policy.after_dead == "hold"
+        number = self._stores.dead_letters.bury(
+            connection, self._stream, Dead(parked, delivery.id, verdict.why, cause, holds)
+        )
+        self._news.append(partial(self._say_dead, delivery, cause, verdict, number))
+        return [self._dead_letter_message(parked, cause, verdict)] if self._policy.dead_letter_topic else []
+
+    def _dead_letter_message(self, parked: Parked, cause: Cause, verdict: GiveUp) -> OutboxMessage:
+        record = parked.record
+        told = {
+            "eo-dlt-consumer": self._handler.group,
+            "eo-dlt-topic": record.topic,
+            "eo-dlt-partition": str(record.partition),
+            "eo-dlt-offset": str(record.offset),
+            "eo-dlt-attempts": str(parked.attempts),
+            "eo-dlt-cause": f"{cause}: {verdict.why}",
+            "eo-dlt-fingerprint": cause.fingerprint,
+        }
+        headers = tuple((name, value.encode()) for name, value in told.items())
+        return OutboxMessage(
+            id=new_id(),
+            topic=f"{self._handler.group}.dlt",
+            key=record.key,
+            payload=record.value,
+            type="eoframework.dead-letter",
+            source=self._handler.group,
+            content_type="application/octet-stream",
+            headers=headers + _original(record.headers),
+        )
+
+    def _cause(self, error: Exception) -> Cause:
+        return cause_of(error, text=self._text)
+
+    def _say_waiting(self, delivery: Delivery, error: Exception, wait: float) -> None:
+        def tell() -> None:
+            log.warning(
+                "%s: %s failed (attempt %d, %s); rolled back, it is tried again in %.1f s and %s waits behind it",
+                *(self._handler.group, delivery.record, delivery.attempts + 1, self._cause(error), wait),
+                "its key" if self._policy.parks else "its partition",
+            )
+            events.emit("consume.failed", record=delivery.record, error=error)
+
+        self._news.append(tell)
+
+    def _say_dead(self, delivery: Delivery, cause: Cause, verdict: GiveUp, number: int) -> None:
+        log.error(
+            "%s: %s is given up because %s (%s): dead letter %d; %s",
+            *(self._handler.group, delivery.record, verdict.why, cause, number),
+            "its key is held until somebody has decided" if self._policy.after_dead == "hold" else "its key goes on",
+            exc_info=delivery.error if self._text else None,
+        )
+        events.emit("consume.dead_lettered", record=delivery.record, id=number)
+
+
+def _error(delivery: Delivery) -> Exception:
+    if delivery.error is None:
+        raise AssertionError(f"{delivery.record} did not fail")
+    return delivery.error
+
+
+def _original(headers: Headers) -> Headers:
+    # Names that are ours to write would be read as those of the dead letter's own message.
+    return tuple((f"eo-original-{name}" if is_reserved(name) else name, value) for name, value in headers)
