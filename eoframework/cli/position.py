@@ -28,7 +28,7 @@ def show(
     no_wait: options.NoWait = False,
     assignments: options.Set = None,
 ) -> None:
-    """Show the next offset of every partition, and who holds it."""
+    """Show the next offset of every partition, from where ids are remembered, and who holds it."""
     lines = ops.positions(_database(options.start(assignments), wait=not no_wait), consumer)
     text = "\n".join(_line(line) for line in lines) or "no positions"
     options.show([_document(line) for line in lines], text, as_json=as_json)
@@ -98,7 +98,8 @@ def _offset(text: str) -> int | ops.Edge:
 
 def _line(line: PositionLine) -> str:
     holder = f"{line.owner}{'' if line.owner_connected else ' (not connected)'}" if line.owner else "nobody"
-    return f"{line.consumer} {line.topic}[{line.partition}] next {line.next_offset} epoch {line.epoch} held by {holder}"
+    where = f"{line.consumer} {line.topic}[{line.partition}]"
+    return f"{where} next {line.next_offset} covered from {line.covered_from} epoch {line.epoch} held by {holder}"
 
 
 def _document(line: PositionLine) -> dict[str, object]:
@@ -108,6 +109,7 @@ def _document(line: PositionLine) -> dict[str, object]:
         "topic_id": str(line.topic_id),
         "partition": line.partition,
         "next_offset": line.next_offset,
+        "covered_from": line.covered_from,
         "epoch": line.epoch,
         "owner": line.owner,
         "owner_connected": line.owner_connected,

@@ -10,13 +10,22 @@ from uuid import UUID
 
 from sqlalchemy import Connection
 
+from eoframework.db.coverage import note_reached
 from eoframework.db.session import Database
 
 _ROWS = """
 SELECT c.name, p.topic, p.topic_id, p.partition, p.next_offset, p.epoch, p.owner, p.claimed_at,
-    EXISTS (SELECT FROM pg_stat_activity a WHERE a.pid = p.backend_pid AND a.backend_start = p.backend_start)
+    EXISTS (SELECT FROM pg_stat_activity a WHERE a.pid = p.backend_pid AND a.backend_start = p.backend_start),
+    coalesce(v.covered_from, 0)
 FROM {eo}.position p JOIN {eo}.consumer c ON c.id = p.consumer_id
+    LEFT JOIN {eo}.coverage v USING (consumer_id, topic_id, partition)
 WHERE %(consumer)s::text IS NULL OR c.name = %(consumer)s ORDER BY c.name, p.topic, p.partition
+"""
+# A batch that is under way ends first, so that the offset read afterwards is how far the position ever got.
+_LOCK = """
+SELECT FROM {eo}.position p JOIN {eo}.consumer c ON c.id = p.consumer_id WHERE c.name = %(consumer)s
+    AND (%(partition)s::int IS NULL OR p.topic_id = %(topic_id)s AND p.partition = %(partition)s)
+ORDER BY p.topic_id, p.partition FOR UPDATE OF p
 """
 # epoch + 1 fences whoever holds the partition; that worker claims again and starts at the new offset.
 _SET = """
@@ -50,6 +59,8 @@ class PositionLine:
     claimed_at: datetime | None
     owner_connected: bool
     """Whether the owner's database session is still open: a crash leaves the owner's name behind, but no session."""
+    covered_from: int
+    """From here on the ids of the messages processed are all remembered: sent again, they have no second effect."""
 
 
 class PositionAdmin:
@@ -73,15 +84,23 @@ class PositionAdmin:
 
     def move(self, line: PositionLine, offset: int) -> int:
         """Set the position and fence its owner; returns the new epoch. On a crash: moved or not, never half."""
-        values = {"consumer": line.consumer, "topic_id": line.topic_id, "partition": line.partition, "offset": offset}
+        place = {"topic_id": line.topic_id, "partition": line.partition}
         with self._database.begin(f"moving the position of {line.consumer}") as connection:
-            return int(self._run(connection, _SET, values)[0][0])
+            self._remember(connection, line.consumer, place)
+            return int(self._run(connection, _SET, {"consumer": line.consumer, **place, "offset": offset})[0][0])
 
     def forget(self, consumer: str) -> int | None:
         """Delete all positions of the consumer; returns how many there were, None without such a consumer."""
         with self._database.begin(f"forgetting the positions of {consumer}") as connection:
+            self._remember(connection, consumer, {"topic_id": None, "partition": None})
             positions, consumers = self._run(connection, _FORGET, {"consumer": consumer})[0]
             return int(positions) if consumers else None
+
+    def _remember(self, connection: Connection, consumer: str, place: dict[str, object]) -> None:
+        """How far the positions got: ids up to there are remembered, and will be forgotten."""
+        schema = self._database.schema
+        connection.exec_driver_sql(schema.sql(_LOCK), {"consumer": consumer, **place})
+        note_reached(connection, schema, consumer, place)
 
     def _run(self, connection: Connection, template: str, values: Mapping[str, object]) -> Sequence[Any]:
         sql = self._database.schema.sql(template)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import datetime
 
 from sqlalchemy import text
 
@@ -17,20 +17,21 @@ SELECT set_config('statement_timeout', '5s', true), set_config('lock_timeout', '
 # By ctid: DELETE has no LIMIT, and the primary key would be looked up a second time for every row.
 _DELETE = """
 DELETE FROM {eo}.processed_message WHERE ctid = ANY(ARRAY(
-    SELECT ctid FROM {eo}.processed_message WHERE processed_at < now() - make_interval(secs => :seconds)
+    SELECT ctid FROM {eo}.processed_message WHERE processed_at < :before
     LIMIT :limit FOR UPDATE SKIP LOCKED))
 """
 
 
-def forget_processed(database: Database, *, older_than: timedelta, limit: int) -> int | None:
-    """Delete at most `limit` processed messages older than the window; None if another worker is at it.
+def forget_processed(database: Database, *, before: datetime, limit: int) -> int | None:
+    """Delete at most `limit` processed messages recorded before that time; None if another worker is at it.
 
-    On a crash: the slice is deleted or not, either is right. An id is never forgotten before the window is over, by
-    the server's clock, which also wrote the row's time.
+    On a crash: the slice is deleted or not, either is right. Only with a time that `coverage.raise_coverage` gave:
+    then an id is never forgotten before its window is over, by the server's clock, which also wrote the row's time,
+    nor without the coverage saying so.
     """
     with database.begin("pruning processed messages") as connection:
         prepared = connection.execute(text(_PREPARE), {"schema": database.schema.name}).one()
         if not prepared[-1]:
             return None
-        values = {"seconds": older_than.total_seconds(), "limit": limit}
+        values = {"before": before, "limit": limit}
         return connection.execute(text(database.schema.sql(_DELETE)), values).rowcount

@@ -117,7 +117,7 @@ class GroupConsumer:
                 self._notice(message, error)
             elif partition in self._handed and (message.offset() or 0) >= self._handed[partition]:
                 # One from behind where we stand (a leftover from before a rewind) would move the position back.
-                record = _record(message)
+                record = record_of(message)
                 self._handed[record.partition] = record.offset + 1
                 self.ended.pop(record.partition, None)
                 records.append(record)
@@ -332,7 +332,8 @@ def offset_out_of_range(group: str, topic: str, partition: int | None, detail: s
     )
 
 
-def _record(message: ClientMessage) -> Record:
+def record_of(message: ClientMessage) -> Record:
+    """The record the client handed out; one that it cannot read whole says so."""
     kind, timestamp = message.timestamp()
     headers, unreadable = _headers(message)
     return Record(

@@ -119,15 +119,24 @@ def _statements(eo: str) -> list[str]:
             detail json NOT NULL
         )""",
         f"CREATE INDEX audit_subject ON {eo}.audit (subject, id)",
-        # Below this offset ids have been forgotten: sending those messages through again would repeat effects. What
-        # was pruned before this revision is not known, so everything before it counts as forgotten.
-        f"ALTER TABLE {eo}.position ADD COLUMN covered_from bigint NOT NULL DEFAULT 0",
-        f"UPDATE {eo}.position SET covered_from = next_offset",
+        # Below this offset ids may have been forgotten: sending those messages through again would repeat effects. No
+        # column of `position`: raising it would wait for the batch that holds the row, and make the next one wait.
+        # What was pruned before this revision is not known, so everything before it counts as forgotten.
+        f"""
+        CREATE TABLE {eo}.coverage (
+            {place},
+            covered_from bigint NOT NULL,
+            PRIMARY KEY (consumer_id, topic_id, partition)
+        )""",
+        f"""
+        INSERT INTO {eo}.coverage (consumer_id, topic_id, partition, covered_from)
+            SELECT consumer_id, topic_id, partition, next_offset FROM {eo}.position""",
+        # Whatever transaction began before `at` moved the position no further than `reached`.
         f"""
         CREATE TABLE {eo}.position_sample (
             {place},
-            next_offset bigint NOT NULL,
-            at timestamptz NOT NULL DEFAULT clock_timestamp(),
+            at timestamptz NOT NULL,
+            reached bigint NOT NULL,
             PRIMARY KEY (consumer_id, topic_id, partition, at)
         )""",
         f"""
@@ -184,10 +193,9 @@ def downgrade() -> None:
             END IF;
         END $$"""
     )
-    tables = "outbox_held external_call position_sample audit attempt parked_message parked_key"
+    tables = "outbox_held external_call position_sample coverage audit attempt parked_message parked_key"
     for table in tables.split():
         op.execute(f"DROP TABLE {eo}.{table}")
-    op.execute(f"ALTER TABLE {eo}.position DROP COLUMN covered_from")
     op.execute(f"ALTER TABLE {eo}.consumer DROP COLUMN dead_run")
     op.execute(f"DROP INDEX {eo}.dead_letter_outbox")
     columns = (
