@@ -93,7 +93,7 @@ def _attempt(
     open_connection: Connection,
     rows: int,
 ) -> Trial:
-    watch = RowWatch(app.database, open_connection, limit=rows)
+    watch = RowWatch(open_connection, limit=rows)
     try:
         published = _call(app, handler, stream, record, open_connection)
         connection.check_intact()

@@ -12,10 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sqlalchemy import Connection, Engine, exc
+from sqlalchemy import Connection, CursorResult, Engine, exc
 
 from eoframework.db.faults import sqlstate_of
-from eoframework.db.session import Database
 
 ChangeKind = Literal["insert", "update", "delete", "write"]
 Row = Mapping[str, Any]
@@ -27,15 +26,17 @@ INSERT INTO pg_temp.eo_trial VALUES (1), (1)
 """
 # As at a COMMIT: deferred constraints of the application's own may refuse what the handler did.
 _CHECK = "DELETE FROM pg_temp.eo_trial; SET CONSTRAINTS ALL IMMEDIATE"
+# Earlier transactions of the same connection are counted too as long as the server has not collected their numbers.
+_COUNTS = "SELECT relid, n_tup_ins, n_tup_upd, n_tup_del FROM pg_stat_xact_user_tables"
 _TOUCHED = """
-SELECT format('%%I.%%I', s.schemaname, s.relname) AS name, s.n_tup_ins, s.n_tup_upd, s.n_tup_del,
+SELECT s.relid, format('%I.%I', s.schemaname, s.relname) AS name, s.n_tup_ins, s.n_tup_upd, s.n_tup_del,
     age(c.xmin) BETWEEN -10000000 AND 0 AS rewritten,
     coalesce((SELECT json_agg(json_build_array(quote_ident(a.attname), format_type(a.atttypid, a.atttypmod))
             ORDER BY a.attnum) FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid
             AND a.attnum = ANY(i.indkey) WHERE i.indrelid = s.relid AND i.indisprimary), '[]') AS key
 FROM pg_stat_xact_user_tables s JOIN pg_class c ON c.oid = s.relid
-WHERE c.relkind = 'r' AND s.schemaname <> %(eo)s AND s.schemaname NOT LIKE 'pg\\_temp%%'
-    AND (s.n_tup_ins + s.n_tup_upd + s.n_tup_del > 0 OR age(c.xmin) BETWEEN -10000000 AND 0)
+WHERE c.relkind = 'r' AND NOT starts_with(s.schemaname, 'pg_temp') AND (s.n_tup_ins + s.n_tup_upd + s.n_tup_del > 0
+    OR age(c.xmin) BETWEEN -10000000 AND 0)
 ORDER BY name
 """
 # age() counts from our own number, so it is 0 or less for what is ours; far below 0 are numbers of the last turn.
@@ -84,6 +85,10 @@ class _Table:
     deleted: int
     rewritten: bool
 
+    @property
+    def written(self) -> bool:
+        return self.rewritten or self.inserted + self.updated + self.deleted > 0
+
     def sql(self, template: str) -> str:
         """`template` for this table; key values travel as text, whatever their type."""
         columns = ", ".join(f"t.{name}::text" for name, _ in self.key) or "NULL"
@@ -97,11 +102,11 @@ class _Table:
 class RowWatch:
     """Compares inside one REPEATABLE READ transaction; nothing of it is ever committed."""
 
-    def __init__(self, database: Database, connection: Connection, *, limit: int) -> None:
+    def __init__(self, connection: Connection, *, limit: int) -> None:
         """Must be the first user of the transaction: what was written before it would count as the handler's."""
-        self._schema = database.schema.name
         self._limit = limit
         self._connection = connection
+        self._earlier = {row[0]: row[1:] for row in connection.exec_driver_sql(_COUNTS)}
         self._snapshot = str(connection.exec_driver_sql("SELECT pg_export_snapshot()").scalar_one())
         _script(connection, _GUARD)
 
@@ -111,11 +116,14 @@ class RowWatch:
 
     def changes(self, engine: Engine) -> tuple[TableChanges, ...]:
         """Every table of the application that was written, with at most `limit` of its rows."""
-        rows = self._connection.exec_driver_sql(_TOUCHED, {"eo": self._schema})
-        tables = [_Table([(name, kind) for name, kind in row.key], *row[:5]) for row in rows]
+        tables = [self._written(row) for row in _script(self._connection, _TOUCHED)]
         with self._before(engine) as before:
-            found = [self._table(table, before) for table in tables]
+            found = [self._table(table, before) for table in tables if table.written]
         return tuple(table for table in found if table.changes or table.note)
+
+    def _written(self, row: Any) -> _Table:
+        counts = (now - then for now, then in zip(row[2:5], self._earlier.get(row.relid, (0, 0, 0)), strict=True))
+        return _Table([(name, kind) for name, kind in row.key], row.name, *counts, row.rewritten)
 
     @contextmanager
     def _before(self, engine: Engine) -> Iterator[Connection]:
@@ -189,6 +197,6 @@ def _key(values: Sequence[str]) -> dict[str, object]:
     return {f"k{index}": value for index, value in enumerate(values)}
 
 
-def _script(connection: Connection, statements: str) -> None:
-    # Without parameters the server takes several statements at once.
-    connection.exec_driver_sql(statements, execution_options={"no_parameters": True})
+def _script(connection: Connection, statements: str) -> CursorResult[Any]:
+    # Without parameters the server takes several statements at once, and a % is a %.
+    return connection.exec_driver_sql(statements, execution_options={"no_parameters": True})
