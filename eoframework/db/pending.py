@@ -286,7 +286,10 @@ def _with_headers(row: OutboxRow, stored: str) -> OutboxRow:
         found = json.loads(stored)
         if not isinstance(found, list | None):
             raise TypeError("no list")
-        return row._replace(headers=tuple(decode_headers(found)))
+        headers = tuple(decode_headers(found))
+        if not all(isinstance(name, str) for name, _ in headers):
+            raise TypeError("a name that is no text")
+        return row._replace(headers=headers)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         why = f"its stored headers are malformed: {type(error).__name__}: {error}."
         return row._replace(headers=(), unreadable=why)

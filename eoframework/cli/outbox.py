@@ -1,0 +1,281 @@
+"""`eo outbox`: what Kafka refused, what is due later and what waits, in an operator's hands."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Annotated, Literal
+
+import typer
+
+from eoframework.cli import filters, options
+from eoframework.db import migrating, readiness
+from eoframework.db.pending import MALFORMED
+from eoframework.db.session import open_database
+from eoframework.errors import EoError
+from eoframework.legible import legible, parse_bytes
+from eoframework.outbox_desk import (
+    ALL,
+    OutboxDesk,
+    OutboxFilter,
+    OutboxLine,
+    OutboxRefusal,
+    OutboxState,
+    OutboxStats,
+    PutBack,
+)
+from eoframework.schema import Schema
+
+app = typer.Typer(no_args_is_help=True)
+
+Refs = Annotated[
+    list[str] | None, typer.Argument(metavar="REF...", help="Dead letters' numbers or message ids, from eo outbox ls.")
+]
+Error = Annotated[
+    str | None, typer.Option("--error", metavar="TEXT", help="Kafka's name of the refusal, or a part of the cause.")
+]
+
+
+class Unconfirmed(EoError):
+    """Nobody said yes; nothing was changed."""
+
+    exit_code = 2
+
+
+@app.command()
+def ls(
+    state: Annotated[Literal["dead", "delayed", "pending"], typer.Argument(help="Which.")] = "dead",
+    topic: filters.TopicName = None,
+    key: filters.Key = None,
+    error: Error = None,
+    since: filters.Since = None,
+    until: filters.Until = None,
+    limit: filters.Limit = 50,
+    after: Annotated[str | None, typer.Option("--after", help="From the page before.")] = None,
+    as_json: options.Json = False,
+    no_wait: options.NoWait = False,
+    assignments: options.Set = None,
+) -> None:
+    """List messages that Kafka refused for good (dead), that are due later (delayed), or that wait (pending)."""
+    desk = _desk(assignments, wait=not no_wait)
+    page = desk.lines(state, _filter(topic, key, error, since, until), limit=limit, after=after)
+    text = "\n".join(map(_line, page.items)) or f"no {state} outbox messages"
+    if page.after is not None:
+        text += f"\nmore: --after {page.after}"
+    options.show({"items": [_document(line) for line in page.items], "after": page.after}, text, as_json=as_json)
+
+
+@app.command()
+def show(
+    ref: Annotated[str, typer.Argument(metavar="REF", help="A dead letter's number, or a message id.")],
+    payload: Annotated[bool, typer.Option("--payload", help="Only the payload, as it is.")] = False,
+    as_json: options.Json = False,
+    no_wait: options.NoWait = False,
+    assignments: options.Set = None,
+) -> None:
+    """Show one message with all there is of it."""
+    line = _desk(assignments, wait=not no_wait).find(ref)
+    if payload:
+        # As it is, for other programs: not even a secret is taken out of it.
+        sys.stdout.buffer.write(line.payload or b"")
+        sys.stdout.buffer.flush()
+        return
+    document = _document(line) | {
+        "headers": line.headers if line.headers is None or line.error_class == MALFORMED else json.loads(line.headers),
+        "traceparent": line.traceparent,
+        "payload": legible(line.payload),
+    }
+    text = "\n".join(f"{name}: {value}" for name, value in document.items() if value is not None)
+    options.show(document, text, as_json=as_json)
+
+
+@app.command()
+def retry(
+    refs: Refs = None,
+    everything: filters.All = False,
+    topic: filters.TopicName = None,
+    key: filters.Key = None,
+    error: Error = None,
+    since: filters.Since = None,
+    until: filters.Until = None,
+    force: Annotated[bool, typer.Option("--force", help="Even if Kafka would refuse it again.")] = False,
+    yes: filters.Yes = False,
+    actor: filters.Actor = None,
+    as_json: options.Json = False,
+    no_wait: options.NoWait = False,
+    assignments: options.Set = None,
+) -> None:
+    """Put dead letters back: each is sent before what waits of its key, and keeps its message id."""
+    which = _filter(topic, key, error, since, until)
+    _one_way(refs, which, everything=everything)
+    desk = _desk(assignments, wait=not no_wait, actor=actor)
+    if refs:
+        # All of them are looked at before the first is changed.
+        letters = sorted({desk.retriable(ref, force=force).number for ref in refs})
+        _report_retried([desk.retry(number, force=True) for number in letters], (), as_json=as_json)
+        return
+    counted = desk.count("dead", which)
+    _confirm(f"Put {counted.count} dead letters back into the outbox?", yes=yes or counted.count == 0)
+    done = desk.retry_all(which, force=force, up_to=counted.up_to)
+    _report_retried(done.moved, done.refused, as_json=as_json)
+
+
+@app.command()
+def discard(
+    refs: Refs = None,
+    everything: filters.All = False,
+    state: Annotated[Literal["dead", "delayed"], typer.Option("--state", help="With --all: which of them.")] = "dead",
+    topic: filters.TopicName = None,
+    key: filters.Key = None,
+    error: Error = None,
+    since: filters.Since = None,
+    until: filters.Until = None,
+    yes: filters.Yes = False,
+    actor: filters.Actor = None,
+    as_json: options.Json = False,
+    no_wait: options.NoWait = False,
+    assignments: options.Set = None,
+) -> None:
+    """Delete dead letters for good, so that their keys go on without them; or delayed messages before they are due."""
+    which = _filter(topic, key, error, since, until)
+    _one_way(refs, which, everything=everything)
+    desk = _desk(assignments, wait=not no_wait, actor=actor)
+    if refs:
+        gone = [desk.discard(ref) for ref in dict.fromkeys(desk.find(ref).ref for ref in refs)]
+    else:
+        counted = desk.count(state, which)
+        _confirm(f"Discard {counted.count} {state} messages for good?", yes=yes or counted.count == 0)
+        gone = desk.discard_all(state, which, up_to=counted.up_to)
+    text = "\n".join(f"{line.ref} {line.message_id} {line.topic}: discarded" for line in gone) or "nothing discarded"
+    options.show({"discarded": [_document(line) for line in gone]}, text, as_json=as_json)
+
+
+@app.command()
+def stats(
+    as_json: options.Json = False,
+    no_wait: options.NoWait = False,
+    assignments: options.Set = None,
+) -> None:
+    """Count what is in the outbox, and say who sends it."""
+    found = _desk(assignments, wait=not no_wait).stats()
+    oldest = found.oldest_transaction
+    document = asdict(found) | {
+        "pending": found.pending,
+        "shards": [
+            asdict(shard) | {"lease_until": shard.lease_until.isoformat() if shard.lease_until else None}
+            for shard in found.shards
+        ],
+        "oldest_transaction": None if oldest is None else {"backend": oldest[0], "age": oldest[1]},
+    }
+    options.show(document, _stats_text(found), as_json=as_json)
+
+
+# --- what comes in ---
+
+
+def _desk(assignments: Sequence[str] | None, *, wait: bool, actor: str | None = None) -> OutboxDesk:
+    settings = options.start(assignments)
+    database = open_database(settings.require_database_url(), Schema(settings.database_schema))
+    readiness.wait_until_reachable(database, wait=wait)
+    migrating.check(database)
+    return OutboxDesk(database, settings, actor=actor)
+
+
+def _filter(
+    topic: str | None, key: str | None, error: str | None, since: str | None, until: str | None
+) -> OutboxFilter:
+    return OutboxFilter(
+        topic=topic,
+        key=parse_bytes(key) if key is not None else None,
+        error=error,
+        since=filters.parse_time(since, "--since") if since is not None else None,
+        until=filters.parse_time(until, "--until") if until is not None else None,
+    )
+
+
+def _one_way(refs: Sequence[str] | None, which: OutboxFilter, *, everything: bool) -> None:
+    if bool(refs) == everything or (refs and which != ALL):
+        raise typer.BadParameter("give numbers or message ids, or --all with filters")
+
+
+def _confirm(question: str, *, yes: bool) -> None:
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise Unconfirmed(f"{question} Nobody is here to answer; nothing was changed.", remedy="Say --yes.")
+    if not typer.confirm(question, err=True):
+        raise Unconfirmed("not confirmed; nothing was changed.")
+
+
+# --- what goes out ---
+
+
+def _report_retried(moved: Sequence[PutBack], refused: Sequence[OutboxRefusal], *, as_json: bool) -> None:
+    lines = [f"{done.dead_letter} {done.message_id} {done.topic}: {_standing(done)}" for done in moved]
+    lines += [f"{refusal.letter.ref} {refusal.letter.message_id} left as it is: {refusal.why}" for refusal in refused]
+    document = {
+        "retried": [asdict(done) | {"message_id": str(done.message_id)} for done in moved],
+        "refused": [{"ref": refusal.letter.ref, "why": str(refusal.why)} for refusal in refused],
+    }
+    options.show(document, "\n".join(lines) or "nothing to retry", as_json=as_json)
+    if refused:
+        raise typer.Exit(options.FINDINGS)
+
+
+def _standing(done: PutBack) -> str:
+    if done.waits_for is not None:
+        return f"pending/{done.seq}, waits with its key for dead letter {done.waits_for}"
+    return f"pending/{done.seq}, sent first of its key, which goes on" if done.opened else f"pending/{done.seq}"
+
+
+def _line(line: OutboxLine) -> str:
+    key = legible(line.key)
+    parts = [line.ref, str(line.message_id), line.topic, f"key {key}" if key is not None else "no key"]
+    parts += [f"{line.size} bytes", line.at.isoformat(timespec="seconds")]
+    if line.cause is not None:
+        parts.append(line.cause)
+    if line.held_by is not None:
+        parts.append("its key waits for it" if line.state == "dead" else f"waits for dead letter {line.held_by}")
+    return "  ".join(parts)
+
+
+_AT: dict[OutboxState, str] = {"dead": "died_at", "delayed": "deliver_at", "pending": "published_at"}
+
+
+def _document(line: OutboxLine) -> dict[str, object]:
+    return {
+        "ref": line.ref,
+        "state": line.state,
+        "message_id": str(line.message_id),
+        "topic": line.topic,
+        "key": legible(line.key),
+        "shard": line.shard,
+        "type": line.type,
+        "source": line.source,
+        "content_type": line.content_type,
+        "size": line.size,
+        "created_at": line.created_at.isoformat(),
+        _AT[line.state]: line.at.isoformat(),
+        "cause": line.cause,
+        "error_class": line.error_class,
+        "fingerprint": line.fingerprint,
+        "held_by": line.held_by,
+    }
+
+
+def _stats_text(found: OutboxStats) -> str:
+    lines = [
+        f"pending {found.pending}, of them {found.held_rows} behind {found.held_keys} held keys",
+        f"delayed {found.delayed_due} due, {found.delayed_later} later",
+        f"dead {found.dead}",
+    ]
+    for shard in found.shards:
+        age = "" if shard.oldest_age is None else f", the first for {shard.oldest_age:.1f} s"
+        owner = "nobody" if shard.owner is None else f"{shard.owner}{'' if shard.alive else ' (lease over)'}"
+        lines.append(f"shard {shard.shard}: {shard.pending} pending{age}; batch {shard.batch_no}, sent by {owner}")
+    if found.oldest_transaction is not None:
+        backend, seconds = found.oldest_transaction
+        lines.append(f"oldest transaction: backend {backend}, {seconds:.1f} s; dead rows stay until it ends")
+    return "\n".join(lines)

@@ -1,0 +1,394 @@
+"""The outbox in an operator's hands, for programs: what `eo outbox` does, without the command line.
+
+    from eoframework.outbox_desk import OutboxDesk, OutboxFilter
+
+    desk = OutboxDesk(database, settings)
+    page = desk.lines("dead", OutboxFilter(topic="orders"), limit=50)
+    desk.retry(page.items[0].number)
+
+Every change is one transaction with its audit row.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Literal
+from uuid import UUID
+
+from eoframework.db.audit import whoever
+from eoframework.db.outbox_desk import (
+    LetterGone,
+    OutboxFilter,
+    OutboxLine,
+    OutboxState,
+    OutboxTable,
+    Place,
+    PutBack,
+)
+from eoframework.db.outbox_stats import OutboxStats, ShardStats
+from eoframework.db.pending import MALFORMED
+from eoframework.db.session import Database
+from eoframework.errors import ConfigurationError, EoError, NotFound, Retryable, Unreachable
+from eoframework.kafka.admin import Admin, NotAuthorized, UnknownTopic
+from eoframework.settings import Settings
+
+__all__ = [
+    "ALL",
+    "CauseHolds",
+    "OutboxCount",
+    "OutboxDesk",
+    "OutboxFilter",
+    "OutboxLine",
+    "OutboxPage",
+    "OutboxRefusal",
+    "OutboxState",
+    "OutboxStats",
+    "PutBack",
+    "Retried",
+    "ShardStats",
+]
+
+ALL = OutboxFilter()
+_AT_ONCE = 100
+# librdkafka's message.max.bytes.
+_CLIENT_LIMIT = 1_000_000
+_TOO_LARGE = frozenset({"MSG_SIZE_TOO_LARGE", "RECORD_LIST_TOO_LARGE"})
+
+_log = logging.getLogger(__name__)
+
+
+class CauseHolds(EoError):
+    """Kafka would refuse the message again, for the same reason; nothing was changed."""
+
+    exit_code = 4
+
+
+@dataclass(frozen=True, slots=True)
+class OutboxPage:
+    """Some of a list, in a fixed order: what is added meanwhile comes later and moves nothing."""
+
+    items: tuple[OutboxLine, ...]
+    after: str | None
+    """What to give as `after` for the next page; None at the end."""
+
+
+@dataclass(frozen=True, slots=True)
+class OutboxCount:
+    """How many there are, and up to which number: what comes later was not counted."""
+
+    count: int
+    up_to: int
+
+
+@dataclass(frozen=True, slots=True)
+class OutboxRefusal:
+    """A dead letter that was left as it is, and why."""
+
+    letter: OutboxLine
+    why: EoError
+
+
+@dataclass(slots=True)
+class Retried:
+    """What a `retry_all` did."""
+
+    moved: list[PutBack] = field(default_factory=list)
+    gone: list[int] = field(default_factory=list)
+    """Retried or discarded by somebody else in the meantime."""
+    refused: list[OutboxRefusal] = field(default_factory=list)
+
+
+class OutboxDesk:
+    """Reads and changes what no relay looks at: dead letters, and delayed messages that are not due.
+
+    Pending rows are shown only: the relay may be sending them at this moment, and a row deleted under it would make it
+    stop. Works while relays run, and while none does.
+    """
+
+    def __init__(
+        self, database: Database, settings: Settings, *, admin: Admin | None = None, actor: str | None = None
+    ) -> None:
+        """`admin` is asked for topics' limits, made from the settings when needed. actor: default user@host."""
+        self._table = OutboxTable(database, settings)
+        self._settings = settings
+        self._admin = admin
+        self._actor = whoever(actor)
+        self._limits: dict[str, int | None] = {}
+
+    # --- what there is ---
+
+    def lines(
+        self,
+        state: OutboxState = "dead",
+        which: OutboxFilter = ALL,
+        *,
+        limit: int = 50,
+        after: str | None = None,
+    ) -> OutboxPage:
+        """Messages in one state, the oldest first: dead by number, pending by shard and seq, delayed by shard and time.
+
+        Raises NotFound for an `after` that is none.
+        """
+        place = None if after is None else _place(state, after)
+        found = self._table.lines(state, which, after=place, limit=limit + 1)
+        items = tuple(found[:limit])
+        return OutboxPage(items, _cursor(items[-1].place) if len(found) > limit else None)
+
+    def count(self, state: Literal["dead", "delayed"] = "dead", which: OutboxFilter = ALL) -> OutboxCount:
+        """How many there are; its `up_to` bounds `retry_all` and `discard_all` to what was counted."""
+        return OutboxCount(*self._table.count(state, which))
+
+    def find(self, ref: str | int | UUID) -> OutboxLine:
+        """One message, whole, by a dead letter's number, `delayed/<seq>`, `pending/<seq>` or its message id.
+
+        Raises NotFound, which says what became of it, when and by whom.
+        """
+        state, number, message_id = _parse(str(ref))
+        if message_id is not None:
+            return self._by_message_id(message_id)
+        found = self._table.by_number(state, number)
+        if found is not None:
+            return found
+        if state == "dead":
+            raise self._missing(number)
+        raise NotFound(
+            f"there is no {state} outbox message {number}; it may have been sent.", remedy=f"See: eo outbox ls {state}"
+        )
+
+    def stats(self) -> OutboxStats:
+        """Everything there is, counted; reads as many index entries as there are rows."""
+        return self._table.stats()
+
+    # --- what can be done ---
+
+    def retry(self, ref: str | int | UUID, *, force: bool = False) -> PutBack:
+        """A dead letter is an outbox row again, before everything of its key that waits; its key is opened.
+
+        It keeps its message id, so a consumer that has seen it does not process it twice. On a crash: it is a dead
+        letter or an outbox row, never both and never neither. Issued twice: the second finds it gone. Raises NotFound
+        (unknown, retried or discarded before, of a handler), CauseHolds (`force` skips that check), Unreachable (the
+        topic's limit must be asked for and Kafka is away), ConfigurationError (not a dead letter). Then nothing is
+        changed.
+        """
+        letter = self.retriable(ref, force=force)
+        try:
+            return self._put_back(letter)
+        except LetterGone as error:
+            raise self._missing(letter.number) from error
+
+    def retriable(self, ref: str | int | UUID, *, force: bool = False) -> OutboxLine:
+        """The dead letter, if `retry` would put it back now; changes nothing, raises what `retry` would."""
+        letter = self.find(ref)
+        if letter.state != "dead":
+            raise ConfigurationError(
+                f"outbox message {letter.message_id} is {letter.state}, not dead; it is sent without help. "
+                "Nothing was changed.",
+                remedy="See: eo outbox stats",
+            )
+        if not force:
+            self._check(letter)
+        return letter
+
+    def retry_all(self, which: OutboxFilter = ALL, *, force: bool = False, up_to: int | None = None) -> Retried:
+        """`retry` for every dead letter that there is now and that the filter lets through, a transaction each.
+
+        On a crash, or when it raises Unreachable: say it again for the rest. What Kafka would refuse again stays as it
+        is and is in `refused`; what dies again meanwhile is not sent again. up_to: from `count`, default all there are.
+        """
+        done = Retried()
+        for letter in self._all("dead", which, up_to):
+            try:
+                if not force:
+                    self._check(letter)
+                done.moved.append(self._put_back(letter))
+            except LetterGone:
+                done.gone.append(letter.number)
+            except CauseHolds as why:
+                done.refused.append(OutboxRefusal(letter, why))
+        return done
+
+    def discard(self, ref: str | int | UUID) -> OutboxLine:
+        """A dead letter is deleted for good and its key goes on without it; or a delayed message is never sent.
+
+        On a crash: done with its audit row, or not at all. Raises NotFound (unknown, retried or discarded before, of a
+        handler, or due meanwhile), ConfigurationError (pending: only relays may delete those).
+        """
+        line = self.find(ref)
+        try:
+            self._discard(line)
+        except LetterGone as error:
+            if line.state == "dead":
+                raise self._missing(line.number) from error
+            raise NotFound(
+                f"delayed message {line.message_id} is not delayed any more: it became due or was discarded. "
+                "Nothing was changed.",
+                remedy=f"See: eo outbox show {line.message_id}",
+            ) from error
+        return line
+
+    def discard_all(
+        self, state: Literal["dead", "delayed"] = "dead", which: OutboxFilter = ALL, *, up_to: int | None = None
+    ) -> list[OutboxLine]:
+        """`discard` for every message in the state that there is now and that the filter lets through."""
+        done = []
+        for line in self._all(state, which, up_to):
+            try:
+                self._discard(line)
+            except LetterGone:
+                continue  # somebody else was faster, and the audit says who; or the relay, as it became due
+            done.append(line)
+        return done
+
+    def _put_back(self, letter: OutboxLine) -> PutBack:
+        done = self._table.put_back(letter.number, actor=self._actor)
+        _log.info(
+            "dead letter %d is outbox message %s again (shard %d, seq %d); %s.",
+            *(done.dead_letter, done.message_id, done.shard, done.seq),
+            "its key goes on with it" if done.opened else "it keeps its message id",
+        )
+        return done
+
+    def _discard(self, line: OutboxLine) -> None:
+        if line.state == "pending":
+            raise ConfigurationError(
+                f"outbox message {line.message_id} is pending; only relays may delete those. Nothing was changed.",
+                remedy="It is sent, or refused by Kafka; then discard the dead letter.",
+            )
+        if line.state == "dead":
+            self._table.discard(line.number, actor=self._actor)
+        else:
+            self._table.discard_delayed(line, actor=self._actor)
+        _log.warning("outbox message %s (%s, %s) discarded; it is never sent.", line.message_id, line.ref, line.topic)
+
+    def _all(self, state: Literal["dead", "delayed"], which: OutboxFilter, up_to: int | None) -> Iterator[OutboxLine]:
+        last = self._table.count(state, which)[1] if up_to is None else up_to
+        after: Place | None = None
+        while page := self._table.lines(state, which, after=after, limit=_AT_ONCE):
+            yield from (line for line in page if line.number <= last)
+            after = page[-1].place
+            # Those that die again meanwhile come behind; read on, one might follow them for ever.
+            if state == "dead" and page[-1].number >= last:
+                return
+
+    # --- refusals ---
+
+    def _by_message_id(self, message_id: UUID) -> OutboxLine:
+        found = self._table.by_message_id(message_id)
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise NotFound(
+                f"{len(found)} outbox messages carry the id {message_id}. Nothing was changed.",
+                remedy=f"Say which: {', '.join(line.ref for line in found)}",
+            )
+        fate = self._table.fate_of(message_id)
+        raise NotFound(
+            f"the outbox holds no message {message_id}{f': {fate}' if fate else ''}. Nothing was changed.",
+            remedy="Sent messages are deleted. See: eo outbox ls",
+        )
+
+    def _missing(self, number: int) -> NotFound:
+        fate = self._table.fates([number]).get(number)
+        if fate == "handler":
+            return NotFound(
+                f"dead letter {number} is of a handler, not of the outbox. Nothing was changed.",
+                remedy=f"eo dead replay MODULE:APP {number}",
+            )
+        why = f"is no more: {fate}" if fate else "does not exist"
+        return NotFound(f"dead letter {number} {why}. Nothing was changed.", remedy="See: eo outbox ls")
+
+    def _check(self, letter: OutboxLine) -> None:
+        """Raise CauseHolds if Kafka would certainly refuse it again; where that is not certain, Kafka decides."""
+        about = f"dead letter {letter.ref} for {letter.topic}"
+        if letter.error_class == MALFORMED:
+            raise CauseHolds(
+                f"{about}: {letter.cause} Nothing was changed.",
+                remedy=f"Publish it anew by the App, then: eo outbox discard {letter.ref}",
+            )
+        if letter.error_class not in _TOO_LARGE and not any(name in (letter.cause or "") for name in _TOO_LARGE):
+            return
+        size = letter.size + len(letter.key or b"")
+        client = int(self._settings.kafka.get("message.max.bytes", _CLIENT_LIMIT))
+        if size > client:
+            raise CauseHolds(
+                f"{about} has {size} bytes; the client sends at most {client}. Nothing was changed.",
+                remedy=f"Raise EO_KAFKA_MESSAGE_MAX_BYTES for the relay and here, and max.message.bytes of "
+                f"{letter.topic}; or send it with --force, or discard it.",
+            )
+        limit = self._limit(letter.topic)
+        if limit is not None and size > limit:
+            raise CauseHolds(
+                f"{about} has {size} bytes; the topic takes at most {limit}. Nothing was changed.",
+                remedy=f"Raise max.message.bytes of {letter.topic}; or send it with --force, or discard it.",
+            )
+
+    def _limit(self, topic: str) -> int | None:
+        """The topic's limit in bytes, None where it is not known or where compression may make a message fit."""
+        if topic not in self._limits:
+            self._limits[topic] = self._ask_limit(topic)
+        return self._limits[topic]
+
+    def _ask_limit(self, topic: str) -> int | None:
+        kafka = self._settings.kafka
+        if kafka.get("compression.type", kafka.get("compression.codec", "none")) != "none":
+            return None
+        self._admin = self._admin or Admin(self._settings)
+        try:
+            config = self._admin.describe(topic, settings_optional=True).config
+        except Retryable as error:
+            raise Unreachable(
+                f"the limit of topic {topic} cannot be asked for: {error.what} Its dead letters were left alone.",
+                remedy="Start Kafka, or put it back without asking with --force: then the relay finds out.",
+            ) from error
+        except (UnknownTopic, NotAuthorized) as error:
+            _log.debug("the limit of topic %s is not known: %s", topic, error)
+            return None
+        if config.get("compression.type", "producer") not in ("producer", "uncompressed"):
+            return None
+        return int(config["max.message.bytes"]) if "max.message.bytes" in config else None
+
+
+# --- references and cursors ---
+
+
+def _parse(ref: str) -> tuple[OutboxState, int, UUID | None]:
+    if ref.isascii() and ref.isdecimal():
+        return "dead", int(ref), None
+    states: tuple[OutboxState, ...] = ("delayed", "pending")
+    for state in states:
+        number = ref.removeprefix(f"{state}/")
+        if number != ref and number.isascii() and number.isdecimal():
+            return state, int(number), None
+    try:
+        return "dead", 0, UUID(ref)
+    except ValueError as error:
+        raise NotFound(
+            f"{ref!r} names no outbox message.",
+            remedy="Give a dead letter's number, delayed/SEQ, pending/SEQ or a message id, as eo outbox ls shows them.",
+        ) from error
+
+
+def _cursor(place: Place) -> str:
+    return "~".join(part.isoformat() if isinstance(part, datetime) else str(part) for part in place)
+
+
+_PARTS: dict[OutboxState, tuple[Callable[[str], object], ...]] = {
+    "dead": (int,),
+    "delayed": (int, datetime.fromisoformat, int),
+    "pending": (int, int),
+}
+
+
+def _place(state: OutboxState, cursor: str) -> Place:
+    parts = cursor.split("~")
+    try:
+        if len(parts) != len(_PARTS[state]):
+            raise ValueError("too few or too many parts")
+        return tuple(read(part) for read, part in zip(_PARTS[state], parts, strict=True))
+    except ValueError as error:
+        raise NotFound(
+            f"{cursor!r} is no place in the list of {state} messages.", remedy="Copy it from the page before."
+        ) from error
