@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
+from uuid import uuid4
 
 from eoframework.app import App
 from eoframework.consume.calls import HandlerCalls
 from eoframework.consume.drain import Drain
 from eoframework.consume.executor import Executor
+from eoframework.consume.external import ExternalCalls
 from eoframework.consume.failure import Failures, FailureStores
 from eoframework.consume.unit import Stores, Unit
 from eoframework.db.attempts import Attempts
@@ -22,13 +25,15 @@ from eoframework.settings import Settings
 
 
 def make_unit(handler: Handler, app: App, stream: Stream, connection: WorkerConnection, settings: Settings) -> Unit:
-    """What all units of work of the handler have in common."""
+    """What all units of work of the handler have in common, for one thread."""
     schema = app.database.schema
     processed = ProcessedMessages(schema)
     stores = FailureStores(Parking(schema), DeadLetters(schema), Attempts(schema), processed)
     failures = Failures(handler, stream, stores, text=settings.failure_text)
     calls = HandlerCalls(handler, stream, connection, app.session_factory, app_name=app.name, shuts=failures.shuts)
-    return Unit(handler, stream, Stores(Positions(schema), processed, Outbox(schema)), connection, calls, failures)
+    external = ExternalCalls(handler, app.database, stream, owner=f"{socket.gethostname()}:{uuid4()}")
+    tables = Stores(Positions(schema), processed, Outbox(schema))
+    return Unit(handler, stream, tables, connection, calls, failures, external)
 
 
 def assemble(

@@ -8,6 +8,7 @@ from uuid import UUID
 
 from eoframework.db.position import Claim
 from eoframework.errors import Retryable
+from eoframework.external import Results
 from eoframework.message import Message, Record
 
 Place = tuple[int, int]
@@ -30,6 +31,8 @@ class Delivery:
     """How often the handler has failed on it before."""
     crashes: int = 0
     """How often it was in flight when its process died."""
+    external: Results = field(default_factory=dict)
+    """What the handler's calls outside the database have returned."""
 
     @property
     def place(self) -> Place:

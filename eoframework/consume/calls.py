@@ -133,7 +133,7 @@ class HandlerCalls:
                 return
             if walk.admits(delivery):
                 message = message_of(delivery)
-                tx.enter(message, self._source(message, delivery.record))
+                tx.enter(message, self._source(message, delivery.record), delivery.external)
                 self._call(partial(self._handler.call, message, tx))
                 if not intact():
                     # A failed flush has taken the savepoint back, and the handler has caught its error: what it did

@@ -10,7 +10,7 @@ so within a lane nothing overtakes anything.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from eoframework import clock, events
 from eoframework.consume.batch import Delivery, Lane, Outcome, Place
@@ -20,7 +20,7 @@ from eoframework.consume.unit import Unit
 from eoframework.db.parking import Parking
 from eoframework.db.position import Claim
 from eoframework.db.session import Connection
-from eoframework.errors import EoError
+from eoframework.errors import EoError, Retryable
 from eoframework.failures import Parked
 
 _LANES = 100
@@ -97,15 +97,21 @@ class Drain:
             outcome = self._charge(lane, claim)
             if outcome.trouble is not None or outcome.fenced:
                 return outcome
+        if self._unit.handler.external:
+            return self._called(lane, claim)
+        return self._run(lane, claim, self._delivery)
+
+    def _run(self, lane: Lane, claim: Claim, deliver: Callable[[Parked], Delivery | None]) -> Outcome | None:
         found: list[tuple[Parked, Delivery]] = []
 
         def work(connection: Connection) -> Outcome:
             self._unit.fence(connection, [claim])
             parked = self._parking.head(connection, self._unit.stream, lane)
-            if parked is None:
+            delivery = deliver(parked) if parked is not None else None
+            if parked is None or delivery is None:
                 return Outcome()
-            found.append((parked, self._delivery(parked)))
-            return self._work(connection, *found[0])
+            found.append((parked, delivery))
+            return self._work(connection, parked, delivery)
 
         outcome = self._unit.attempt(f"parked message of {self._unit.stream.topic}[{lane[0]}]", work)
         if outcome.trouble is not None or outcome.fenced:
@@ -120,6 +126,29 @@ class Drain:
         if outcome.trouble is None:
             self._charges.pop(delivery.place, None)
         return outcome
+
+    def _called(self, lane: Lane, claim: Claim) -> Outcome | None:
+        """The handler's calls outside the database come first: no transaction is open while they last."""
+        heads: list[Parked] = []
+
+        def look(connection: Connection) -> Outcome:
+            self._unit.fence(connection, [claim])
+            parked = self._parking.head(connection, self._unit.stream, lane)
+            heads.extend([parked] if parked is not None else [])
+            return Outcome()
+
+        outcome = self._unit.attempt("a parked message is about to be called for", look)
+        if outcome.trouble is not None or outcome.fenced or not heads:
+            return outcome if heads or outcome.trouble is not None or outcome.fenced else None
+        head, delivery = heads[0], self._delivery(heads[0])
+        try:
+            called = self._unit.call_outside(delivery)
+        except Retryable as trouble:
+            return Outcome(trouble=trouble)
+        except Exception as error:  # noqa: BLE001 - whatever the call raised is its message's failure
+            return self._failed_again(claim, head, delivery, error)
+        # Nothing is locked while the call lasts: what stands first by now may be another message.
+        return self._run(lane, claim, lambda parked: called if parked.record.offset == head.record.offset else None)
 
     def _delivery(self, parked: Parked) -> Delivery:
         place = parked.record.partition, parked.record.offset
@@ -141,6 +170,7 @@ class Drain:
         self._parking.remove(connection, unit.stream, parked)
         outcome = Outcome(messages=len(walk.ran), duplicates=1 - len(first))
         unit.failures.end_run(connection, outcome)
+        unit.settle_calls(connection, walk.ran)
         unit.publish(connection, walk.outbox)
         return outcome
 
@@ -162,7 +192,7 @@ class Drain:
         return outcome
 
     def _charge(self, lane: Lane, claim: Claim) -> Outcome:
-        """Count the attempt before it is made: see Executor._carefully."""
+        """Count the attempt before it is made: see Executor._singly."""
 
         def charge(connection: Connection) -> Outcome:
             self._unit.fence(connection, [claim])

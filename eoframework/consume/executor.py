@@ -17,13 +17,13 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 from eoframework import clock, events
-from eoframework.consume.batch import Batch, Delivery, Failure, Outcome, Place, split_undecodable
+from eoframework.consume.batch import Batch, Delivery, Failure, Lane, Outcome, Place, split_undecodable
 from eoframework.consume.failure import ParkingFull, Verdict
 from eoframework.consume.unit import Unit
 from eoframework.db.attempts import Attempts
 from eoframework.db.position import Claim
 from eoframework.db.session import Connection
-from eoframework.errors import ProcessDied
+from eoframework.errors import ProcessDied, Retryable
 from eoframework.message import Record
 from eoframework.retry import GiveUp, Retry
 
@@ -72,12 +72,13 @@ class Executor:
         if self._policy.retry is None:
             return self._up_to_the_undecodable(deliveries, claims)
         batch = Batch(deliveries, claims)
-        return self._carefully(batch, careful) if careful else self._process(batch)
+        singly = bool(careful or self._unit.handler.external)
+        return self._singly(batch, careful) if singly else self._process(batch)
 
     def _up_to_the_undecodable(self, deliveries: Sequence[Delivery], claims: dict[int, Claim]) -> Outcome:
         runnable, undecodable = split_undecodable(deliveries)
         batch = Batch(runnable, claims)
-        outcome = self._process(batch)
+        outcome = self._singly(batch, ()) if self._unit.handler.external else self._process(batch)
         if outcome.trouble is None:
             # Only once nothing before it is left: until then its partition has other work to do.
             reached = {p: f for p, f in undecodable.items() if outcome.moved.get(p) == batch.ends.get(p)}
@@ -125,6 +126,7 @@ class Executor:
         behind = [delivery for delivery in done.deliveries if delivery.lane in shut]
         outcome, letters = unit.failures.settle(connection, walk, behind)
         unit.failures.end_run(connection, outcome)
+        unit.settle_calls(connection, walk.ran)
         self._forget_attempts(connection, done)
         unit.publish(connection, [*walk.outbox, *letters])
         # Asked after the records came and answered before they count. The client reads a re-created topic on from the
@@ -212,10 +214,10 @@ class Executor:
             return self._set_aside(batch, delivery, error)
         return _stop(delivery, error, retry_in=verdicts[0])
 
-    # --- 4. after a crash ---
+    # --- 4. one by one: after a crash, and for handlers that call outside ---
 
-    def _carefully(self, batch: Batch, careful: Collection[int]) -> Outcome:
-        """One message a transaction, each attempt counted before it is made.
+    def _singly(self, batch: Batch, careful: Collection[int]) -> Outcome:
+        """One message a transaction; after a crash each attempt is counted before it is made.
 
         A handler that ends its process (os._exit, a segfault) leaves no exception behind, only this count. It charges
         nobody but the message in flight: in a batch, the innocent ones would be charged along.
@@ -227,8 +229,31 @@ class Executor:
                 break
             if not total.stops(partition):
                 one = batch.only([delivery], total.moved)
-                total.add(self._charged(one) if partition in careful else self._process(one))
+                total.add(self._charged(one) if partition in careful else self._called(one))
         return total
+
+    def _called(self, batch: Batch) -> Outcome:
+        """The handler's calls outside the database come first: no transaction is open while they last."""
+        delivery = batch.deliveries[0]
+        if not self._unit.handler.external or delivery.error is not None:
+            return self._process(batch)
+        shut: set[Lane] = set()
+
+        def look(connection: Connection) -> Outcome:
+            self._unit.fence(connection, batch.claims.values())
+            shut.update(self._unit.failures.shut_lanes(connection, [delivery]))
+            return Outcome()
+
+        outcome = self._unit.attempt(f"{delivery.record} is about to be called for", look)
+        if outcome.trouble is not None or outcome.fenced or shut:
+            return outcome if not shut else self._process(batch)
+        try:
+            called = self._unit.call_outside(delivery)
+        except Retryable as trouble:
+            return Outcome(trouble=trouble)
+        except Exception as error:  # noqa: BLE001 - whatever the call raised is its message's failure
+            return self._fell(batch, error)
+        return self._process(batch.only([called], {}))
 
     def _charged(self, batch: Batch) -> Outcome:
         delivery = batch.deliveries[0]
@@ -237,7 +262,7 @@ class Executor:
             return outcome
         delivery = delivery.counted(*self._charges[delivery.place])
         died = died_too_often(self._policy.retry, delivery)
-        outcome = self._process(batch.only([delivery.failed(died) if died else delivery], {}))
+        outcome = self._called(batch.only([delivery.failed(died) if died else delivery], {}))
         if outcome.trouble is None:
             # Otherwise the same attempt goes on: this process lives, and a conflict is nobody's crash.
             self._charges.pop(delivery.place)

@@ -22,6 +22,7 @@ from eoframework.db.position import Stream
 from eoframework.db.processed import ProcessedMessages
 from eoframework.db.session import Connection
 from eoframework.errors import FailClosed
+from eoframework.external import InFlight
 from eoframework.failures import Cause, Parked, cause_of
 from eoframework.handlers import Handler
 from eoframework.message import Headers, OutboxMessage, new_id
@@ -33,6 +34,7 @@ Verdict = float | GiveUp
 """Seconds until the next attempt, or why there is none."""
 
 _COUNT_EVERY = 1.0
+_SHORTLY = 0.1
 
 
 class ParkingFull(Exception):
@@ -71,6 +73,9 @@ class Failures:
 
     def judge(self, delivery: Delivery, error: Exception) -> Verdict:
         """What to do about this failure of this message."""
+        if isinstance(error, InFlight):
+            # Somebody else's call for it may still be under way: it waits for that, and nothing has failed.
+            return max(error.after or 0.0, _SHORTLY)
         return self._retry.decide(delivery.attempts + 1, error, dice=clock.jitter(0, 1))
 
     def shuts(self, delivery: Delivery, error: Exception) -> bool:
@@ -112,7 +117,7 @@ class Failures:
         verdict = self.judge(delivery, error)
         parking = self._stores.parking
         if not isinstance(verdict, GiveUp):
-            again = Parked(parked.lane, parked.record, delivery.attempts + 1, delivery.crashes)
+            again = Parked(parked.lane, parked.record, _attempts(delivery, error), delivery.crashes)
             parking.failed(connection, self._stream, again, self._cause(error), wait=verdict)
             self._say_waiting(delivery, error, verdict)
             return Outcome(), []
@@ -133,7 +138,12 @@ class Failures:
         if not isinstance(verdict, GiveUp):
             cause = self._cause(error)
             self._stores.attempts.failed(
-                connection, self._stream, delivery.record, cause, attempts=attempts + 1, crashes=delivery.crashes
+                connection,
+                self._stream,
+                delivery.record,
+                cause,
+                attempts=_attempts(delivery.counted(attempts, crashes), error),
+                crashes=delivery.crashes,
             )
             self._say_waiting(delivery, error, verdict)
         return verdict
@@ -164,7 +174,7 @@ class Failures:
     def _waiting(self, delivery: Delivery, wait: float) -> Waiting:
         error = _error(delivery)
         self._say_waiting(delivery, error, wait)
-        parked = Parked(delivery.lane[1], delivery.record, delivery.attempts + 1, delivery.crashes)
+        parked = Parked(delivery.lane[1], delivery.record, _attempts(delivery, error), delivery.crashes)
         return Waiting(parked, delivery.id, wait, self._cause(error))
 
     def _park(self, connection: Connection, waiting: Sequence[Waiting]) -> None:
@@ -209,7 +219,7 @@ class Failures:
     def _bury_one(self, connection: Connection, delivery: Delivery, verdict: GiveUp) -> list[OutboxMessage]:
         error = _error(delivery)
         cause = self._cause(error)
-        parked = Parked(delivery.lane[1], delivery.record, delivery.attempts + 1, delivery.crashes)
+        parked = Parked(delivery.lane[1], delivery.record, _attempts(delivery, error), delivery.crashes)
         holds = self._policy.after_dead == "hold"
         number = self._stores.dead_letters.bury(
             connection, self._stream, Dead(parked, delivery.id, verdict.why, cause, holds)
@@ -262,6 +272,11 @@ class Failures:
             exc_info=delivery.error if self._text else None,
         )
         events.emit("consume.dead_lettered", record=delivery.record, id=number)
+
+
+def _attempts(delivery: Delivery, error: Exception) -> int:
+    """How often the handler has failed on it by now."""
+    return delivery.attempts + (not isinstance(error, InFlight))
 
 
 def _error(delivery: Delivery) -> Exception:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from uuid import UUID
 
 from eoframework.cloudevents import incoming_id
 from eoframework.consume.batch import Delivery, Outcome
-from eoframework.consume.calls import Culprits, HandlerCalls, HandlerError
+from eoframework.consume.calls import Culprits, HandlerCalls, HandlerError, message_of
+from eoframework.consume.external import ExternalCalls
 from eoframework.consume.failure import Failures
 from eoframework.db.faults import passing_trouble
 from eoframework.db.outbox import Outbox
@@ -56,6 +57,7 @@ class Unit:
     connection: WorkerConnection
     calls: HandlerCalls
     failures: Failures
+    external: ExternalCalls
 
     def decode(self, record: Record) -> Delivery:
         """The message, or why there is none: a record that cannot be decoded fails alone, not its batch."""
@@ -119,6 +121,18 @@ class Unit:
                 new.discard(delivery.id)  # the same id again in this batch is a duplicate
                 first.append(delivery)
         return first
+
+    def call_outside(self, delivery: Delivery) -> Delivery:
+        """Make the handler's calls outside the database, with no transaction open; raises what they raise."""
+        if not self.handler.external or delivery.message is None or delivery.error is not None:
+            return delivery
+        return replace(delivery, external=self.external.prepare(delivery.message))
+
+    def settle_calls(self, connection: Connection, ran: Iterable[Delivery]) -> None:
+        """The results of outside calls are needed as long as the ids of their messages."""
+        if self.handler.external:
+            for delivery in ran:
+                self.external.settle(connection, message_of(delivery))
 
     def publish(self, connection: Connection, messages: Sequence[OutboxMessage]) -> None:
         """The outbox rows: the last statement before COMMIT, for the key locks it takes."""
