@@ -1,0 +1,342 @@
+"""`eo dead replay` and `discard`: a letter is dead, waits in its lane or is gone, whatever happens to the command."""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from eoframework import App, Topic, dead, events
+from eoframework.db.dead_letter_desk import DeadLetterDesk
+from eoframework.db.parking import Parking
+from eoframework.db.processed import ProcessedMessages
+from eoframework.db.session import Database
+from eoframework.errors import ConfigurationError, EoError, FailClosed, NotFound
+from eoframework.settings import Settings
+from tests.failure.dead_shop import Order
+from tests.failure.graveyard import Graveyard
+from tests.processes import eventually
+
+LANES = "SELECT key, held, due_at <= clock_timestamp() FROM eo.parked_key ORDER BY key"
+WAITS_FOR_LOCK = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+
+
+@pytest.fixture
+def graveyard(database: Database) -> Graveyard:
+    return Graveyard(database)
+
+
+def make_app(
+    settings: Settings, database: Database, *, name: str = "deadshop", handler: str = "book", topic: str = "dead.orders"
+) -> App:
+    app = App(name, engine=database.engine, settings=settings)
+
+    @app.handler(Topic(topic, Order, key="order_id"), name=handler)
+    def book(order: Order) -> None:
+        """Never called: whoever replays only puts back."""
+
+    return app
+
+
+@pytest.fixture
+def app(settings: Settings, database: Database) -> App:
+    return make_app(settings, database)
+
+
+@pytest.fixture
+def seen() -> Iterator[list[tuple[str, dict[str, object]]]]:
+    found: list[tuple[str, dict[str, object]]] = []
+    unsubscribe = events.subscribe(lambda name, fields: found.append((name, fields)))
+    yield found
+    unsubscribe()
+
+
+# --- what it does ---
+
+
+def test_a_letter_goes_back_into_its_lane(graveyard: Graveyard, app: App) -> None:
+    number = graveyard.bury(5, do="x")
+    ids = graveyard.rows("SELECT message_id FROM eo.dead_letter")
+    done = dead.replay(app, [number], actor="ann@desk")
+    assert (done.moved, done.gone, done.refused) == ([number], [], [])
+    assert graveyard.rows("SELECT * FROM eo.dead_letter UNION ALL SELECT * FROM eo.dead_letter") == []
+    assert graveyard.rows("SELECT * FROM eo.processed_message") == []
+    assert graveyard.rows(LANES) == [(b"a", False, True)]
+    stored = graveyard.rows(
+        'SELECT partition, "offset", topic, message_id, key, value, headers::text, timestamp, attempts, crashes, '
+        "error_class FROM eo.parked_message"
+    )
+    record = graveyard.record(5, do="x")
+    assert stored == [
+        (0, 5, "dead.orders", ids[0][0], b"a", record.value, '[["trace", "1"]]', record.timestamp, 0, 0, None)
+    ]
+    assert graveyard.rows("SELECT actor, action, subject, detail ->> 'place' FROM eo.audit") == [
+        ("ann@desk", "dead.replay", f"dead_letter/{number}", "dead.orders[0]@5")
+    ]
+
+
+def test_letters_go_back_in_the_order_of_their_places(
+    graveyard: Graveyard, app: App, seen: list[tuple[str, dict[str, object]]]
+) -> None:
+    """Seen to fail with the letters taken by their numbers: 9 was due while 5 was still dead."""
+    late, early, elsewhere = graveyard.bury(9), graveyard.bury(5), graveyard.bury(1, partition=1, key=b"b")
+    done = dead.replay(app, [late, elsewhere, early])
+    assert done.moved == [early, late, elsewhere]
+    order = [(name, fields["id"]) for name, fields in seen if name.startswith("replay.")]
+    assert order == [(f"replay.{step}", number) for number in done.moved for step in ("moving", "moved")]
+    assert graveyard.parked() == [5, 9, 1]
+
+
+def test_it_stands_before_what_waits_and_is_due_at_once(graveyard: Graveyard, app: App) -> None:
+    graveyard.park(8, wait=3600)
+    graveyard.park(9)
+    dead.replay(app, [graveyard.bury(5)])
+    assert graveyard.parked() == [5, 8, 9]
+    assert graveyard.rows(LANES) == [(b"a", False, True)]
+
+
+def test_a_held_key_is_released_by_the_letter_that_holds_it_alone(graveyard: Graveyard, app: App) -> None:
+    """Seen to fail without the question for others that hold: replaying 3 released the key before 5 was decided."""
+    other, holder = graveyard.bury(3), graveyard.bury(5, holds=True)
+    graveyard.park(6)
+    dead.replay(app, [other])
+    assert graveyard.rows("SELECT held FROM eo.parked_key") == [(True,)]
+    dead.replay(app, [holder])
+    assert graveyard.rows(LANES) == [(b"a", False, True)]
+    assert graveyard.parked() == [3, 5, 6]
+
+
+def test_all_takes_what_there_was_and_leaves_what_it_cannot(graveyard: Graveyard, app: App, database: Database) -> None:
+    good = [graveyard.bury(offset, key=b"k%d" % offset) for offset in range(120)]
+    bad = graveyard.bury(500, value=b"no json")
+    foreign = Graveyard(database, "othershop.book").bury(1)
+    later: list[int] = []
+    unsubscribe = events.subscribe(
+        lambda name, _: later.append(graveyard.bury(900, key=b"z")) if name == "replay.moved" and not later else None
+    )
+    done = dead.replay_all(app)
+    unsubscribe()
+    assert done.moved == good
+    assert [refusal.letter.id for refusal in done.refused] == [bad]
+    assert graveyard.rows("SELECT id FROM eo.dead_letter ORDER BY id") == [(bad,), (foreign,), (later[0],)]
+    again = dead.replay_all(app, dead.DeadFilter(key=b"z"))
+    assert again.moved == later
+
+
+def test_a_dry_run_changes_nothing(graveyard: Graveyard, app: App) -> None:
+    numbers = [graveyard.bury(5), graveyard.bury(6)]
+    before = graveyard.everything()
+    assert dead.replay_all(app, dry_run=True).moved == numbers
+    assert dead.replay(app, numbers, dry_run=True).moved == numbers
+    assert graveyard.everything() == before
+
+
+def test_a_rate_is_a_pause_that_can_be_ended(graveyard: Graveyard, app: App) -> None:
+    """Seen to hang with clock.sleep for clock.wait: nobody could end a slow replay."""
+    numbers = [graveyard.bury(5), graveyard.bury(6)]
+    stop = threading.Event()
+    unsubscribe = events.subscribe(lambda name, _: stop.set() if name == "replay.moved" else None)
+    assert dead.replay(app, numbers, rate=0.001, stop=stop).moved == numbers[:1]
+    unsubscribe()
+    assert dead.replay(app, numbers[1:], rate=1000).moved == numbers[1:]
+
+
+# --- at once, and twice ---
+
+
+def test_issued_twice_at_once_moves_each_letter_once(graveyard: Graveyard, app: App) -> None:
+    """Seen to fail with `_take`'s answer ignored: the second one failed on the parked row, or parked it again."""
+    numbers = [graveyard.bury(offset, key=key) for offset, key in ((5, b"a"), (6, b"a"), (7, None), (8, b"b"))]
+    both = threading.Barrier(2)
+    results: list[dead.Replayed] = []
+
+    def replay() -> None:
+        both.wait()
+        results.append(dead.replay_all(app))
+
+    threads = [threading.Thread(target=replay) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert sorted(results[0].moved + results[1].moved) == sorted(numbers)
+    assert sorted(graveyard.parked()) == [5, 6, 7, 8]
+    assert graveyard.rows("SELECT count(*) FROM eo.audit") == [(4,)]
+
+
+def test_the_second_waits_for_the_first_and_finds_it_gone(graveyard: Graveyard, app: App) -> None:
+    number = graveyard.bury(5)
+    moving, go = threading.Event(), threading.Event()
+
+    def pause(name: str, _fields: dict[str, object]) -> None:
+        if name == "replay.moving" and not moving.is_set():
+            moving.set()
+            assert go.wait(20)
+
+    unsubscribe = events.subscribe(pause)
+    results: list[dead.Replayed] = []
+    first = threading.Thread(target=lambda: results.append(dead.replay(app, [number])))
+    first.start()
+    assert moving.wait(20)
+    second = threading.Thread(target=lambda: results.append(dead.replay(app, [number])))
+    second.start()
+    eventually(lambda: graveyard.rows(WAITS_FOR_LOCK) == [(1,)], "the second one waits for the lane")
+    go.set()
+    first.join(20)
+    second.join(20)
+    unsubscribe()
+    assert sorted((result.moved, result.gone) for result in results) == [([], [number]), ([number], [])]
+    assert graveyard.parked() == [5]
+
+
+def test_no_deadlock_with_a_batch_that_meets_the_same_message(graveyard: Graveyard, app: App) -> None:
+    """A batch reads the lane and then claims ids; seen to fail (deadlock) with the lane locked last in `put_back`."""
+    graveyard.park(8, wait=3600)
+    number = graveyard.bury(5)
+    identity = uuid.UUID(str(graveyard.rows("SELECT message_id FROM eo.dead_letter")[0][0]))
+    results: list[dead.Replayed] = []
+    thread = threading.Thread(target=lambda: results.append(dead.replay(app, [number])))
+    schema = graveyard.database.schema
+    with graveyard.database.begin("batch") as connection:
+        lane = (0, graveyard.lane(graveyard.record(5)))
+        assert Parking(schema).shut(connection, graveyard.stream, {lane}) == {lane}
+        thread.start()
+        eventually(lambda: graveyard.rows(WAITS_FOR_LOCK) == [(1,)], "the replay waits for the batch")
+        claimed = ProcessedMessages(schema).claim(connection, graveyard.stream.consumer_id, {identity})
+        assert claimed == set()
+    thread.join(20)
+    assert results[0].moved == [number]
+    assert graveyard.parked() == [5, 8]
+
+
+# --- refusals ---
+
+
+def outbox_letter(graveyard: Graveyard) -> int:
+    graveyard.execute(
+        "INSERT INTO eo.dead_letter (origin, message_id, topic, type, source, content_type, created_at, cause) "
+        "VALUES ('outbox', gen_random_uuid(), 't', 't', 's', 'c', now(), 'too large')"
+    )
+    return int(graveyard.rows("SELECT id FROM eo.dead_letter WHERE origin = 'outbox'")[0][0])
+
+
+def forgotten(graveyard: Graveyard) -> int:
+    number = graveyard.bury(5)
+    graveyard.execute("DELETE FROM eo.position")
+    return number
+
+
+def processed_since(graveyard: Graveyard) -> int:
+    number = graveyard.bury(5)
+    graveyard.execute("UPDATE eo.processed_message SET processed_at = now() + interval '1 minute'")
+    return number
+
+
+REFUSED: list[tuple[Callable[[Graveyard], int], dict[str, Any], type[EoError], str]] = [
+    (lambda _: 4711, {}, NotFound, "dead letter 4711 does not exist"),
+    (outbox_letter, {}, NotFound, r"of the outbox.*eo outbox retry"),
+    (lambda g: g.bury(5), {"handler": "renamed"}, ConfigurationError, r"no handler 'book' any more.*name='book'"),
+    (lambda g: g.bury(5), {"name": "othershop"}, ConfigurationError, "not of app 'othershop'"),
+    (lambda g: g.bury(5), {"topic": "dead.elsewhere"}, ConfigurationError, "reads dead.elsewhere now"),
+    (lambda g: g.bury(5, value=b'{"id": 1}'), {}, ConfigurationError, r"no longer is.*has changed.*order_id"),
+    (
+        lambda g: g.bury(5, value=b"{}", error_class="eoframework.errors.DecodeError"),
+        {},
+        ConfigurationError,
+        "still cannot be decoded",
+    ),
+    (lambda g: g.bury(5, unreadable="a header"), {}, ConfigurationError, "a header"),
+    (forgotten, {}, FailClosed, r"topic was re-created.*eo dead show \d+ --payload"),
+    (processed_since, {}, FailClosed, r"was processed after it was given up on"),
+]
+
+
+@pytest.mark.parametrize(("make", "how", "error", "says"), REFUSED)
+def test_a_refusal_changes_nothing(
+    graveyard: Graveyard,
+    settings: Settings,
+    database: Database,
+    make: Callable[[Graveyard], int],
+    how: dict[str, Any],
+    error: type[EoError],
+    says: str,
+) -> None:
+    """Also for the letters named with it. Seen to fail with `_check` called letter by letter in `replay`."""
+    number = make(graveyard)
+    app = make_app(settings, database, **how)
+    others = [graveyard.bury(2), graveyard.bury(3, key=b"c")]
+    before = graveyard.everything()
+    with pytest.raises(error, match=says) as refused:
+        dead.replay(app, [*others, number])
+    assert "Nothing was changed" in str(refused.value)
+    assert graveyard.everything() == before
+
+
+def test_what_was_done_before_is_told_with_time_and_person(graveyard: Graveyard, app: App, database: Database) -> None:
+    replayed, discarded = graveyard.bury(5), graveyard.bury(6)
+    dead.replay(app, [replayed], actor="ann@desk")
+    dead.discard(database, [discarded], actor="bob@desk")
+    before = graveyard.everything()
+    for change in (lambda number: dead.replay(app, [number]), lambda number: dead.discard(database, [number])):
+        with pytest.raises(NotFound, match=rf"{replayed} is no more: dead.replay by ann@desk at 20"):
+            change(replayed)
+        with pytest.raises(NotFound, match=rf"{discarded} is no more: dead.discard by bob@desk at 20"):
+            change(discarded)
+    with pytest.raises(NotFound, match="ann@desk"):
+        dead.find(database, replayed)
+    assert graveyard.everything() == before
+
+
+def test_an_id_processed_meanwhile_is_not_forgotten(graveyard: Graveyard, app: App, database: Database) -> None:
+    """The check was passed before. Seen to fail without `processed_at <= died_at`: its effects would happen again."""
+    number = graveyard.bury(5)
+    letter = dead.find(database, number)
+    graveyard.execute("UPDATE eo.processed_message SET processed_at = now() + interval '1 minute'")
+    DeadLetterDesk(database).put_back(letter, actor="test")
+    assert graveyard.rows("SELECT message_id FROM eo.processed_message") == [(letter.message_id,)]
+
+
+# --- discard ---
+
+
+def test_a_discarded_message_stays_processed(graveyard: Graveyard, database: Database) -> None:
+    number, kept = graveyard.bury(5), graveyard.bury(6)
+    graveyard.park(8, wait=3600)
+    before = graveyard.everything()
+    assert dead.discard(database, [number], actor="ann@desk") == [number]
+    after = graveyard.everything()
+    changed = {table for table in before if before[table] != after[table]}
+    assert changed == {"dead_letter", "audit"}  # the lane waits for something else
+    assert graveyard.rows("SELECT id FROM eo.dead_letter") == [(kept,)]
+    action, cause, error = graveyard.rows("SELECT action, detail ->> 'cause', detail ->> 'error' FROM eo.audit")[0]
+    assert (action, error) == ("dead.discard", "no such article")
+    assert "5 attempts failed" in cause
+
+
+def test_discarding_releases_the_key_that_was_held(graveyard: Graveyard, database: Database) -> None:
+    with_more, alone = graveyard.bury(5, holds=True), graveyard.bury(6, key=b"b", holds=True)
+    graveyard.park(8)
+    assert graveyard.rows("SELECT held FROM eo.parked_key") == [(True,), (True,)]
+    dead.discard(database, [with_more, alone])
+    assert graveyard.rows(LANES) == [(b"a", False, True)]
+    assert graveyard.parked() == [8]
+
+
+def test_discard_of_an_unknown_number_changes_nothing(graveyard: Graveyard, database: Database) -> None:
+    number = graveyard.bury(5)
+    before = graveyard.everything()
+    with pytest.raises(NotFound, match="4711 does not exist"):
+        dead.discard(database, [number, 4711])
+    with pytest.raises(NotFound, match="of the outbox"):
+        dead.discard(database, [number, outbox_letter(graveyard)])
+    graveyard.execute("DELETE FROM eo.dead_letter WHERE origin = 'outbox'")
+    assert graveyard.everything() == before
+
+
+def test_discard_all_by_filter(graveyard: Graveyard, database: Database) -> None:
+    numbers = [graveyard.bury(offset, fingerprint=f"f{offset % 2}") for offset in range(10)]
+    assert dead.discard_all(database, dead.DeadFilter(fingerprint="f1")) == numbers[1::2]
+    assert dead.count(database) == 5
