@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from eoframework.dev.jars import disk_error
@@ -45,6 +46,8 @@ def _refuse_strangers(directory: Path) -> None:
 def _delete_orphans() -> None:
     # A project directory deleted without `eo dev reset` (tests in temporary directories) would leave 40 MB each.
     for owner in _HOMES.glob(f"*.{_OWNER_FILE}"):
-        if not Path(owner.read_text()).exists():
-            shutil.rmtree(_HOMES / owner.name.removesuffix(f".{_OWNER_FILE}"), ignore_errors=True)
-            owner.unlink(missing_ok=True)
+        # Another start may be deleting the same ones.
+        with suppress(FileNotFoundError):
+            if not Path(owner.read_text()).exists():
+                shutil.rmtree(_HOMES / owner.name.removesuffix(f".{_OWNER_FILE}"), ignore_errors=True)
+                owner.unlink()
