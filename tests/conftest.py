@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from eoframework.db.session import Database, open_database
 from eoframework.kafka.admin import Admin
 from eoframework.schema import Schema
 from eoframework.settings import Settings
-from tests.parallel import Controller, start_services, told_by_the_controller
+from tests.parallel import Controller, services_of_the_settings, start_services, told_by_the_controller
 
 MakeTopic = Callable[..., str]
 
@@ -38,13 +37,9 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(scope="session")
 def services(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Addresses]:
     """The services that EO_ settings point at, else our own for the length of the run."""
-    url, servers = os.environ.get("EO_DATABASE_URL"), os.environ.get("EO_KAFKA_BOOTSTRAP_SERVERS")
-    if url and servers:
-        yield Addresses(url, servers)
-        return
-    told = told_by_the_controller(request.config)
-    if told is not None:
-        yield Addresses(*told)
+    found = services_of_the_settings() or told_by_the_controller(request.config)
+    if found is not None:
+        yield Addresses(*found)
         return
     with start_services(tmp_path_factory.mktemp("services")) as started:
         yield Addresses(started.database_url, started.bootstrap_servers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,20 @@ from xdist.scheduler import LoadScopeScheduling
 from eoframework import dev
 
 ADDRESSES = "eo_services"
+STATE = ".eo"
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def start_services(directory: Path) -> dev.Services:
     """The run's broker and server. No test crashes this server, so nothing has to reach its disk."""
     settings = {"fsync": "off", "full_page_writes": "off"}
-    return dev.start(directory / ".eo", postgres=dev.PostgresOptions(settings=settings))
+    return dev.start(directory / STATE, postgres=dev.PostgresOptions(settings=settings))
+
+
+def services_of_the_settings() -> tuple[str, str] | None:
+    """The URL and the servers that EO_ settings point at."""
+    url, servers = os.environ.get("EO_DATABASE_URL"), os.environ.get("EO_KAFKA_BOOTSTRAP_SERVERS")
+    return (url, servers) if url and servers else None
 
 
 def told_by_the_controller(config: pytest.Config) -> tuple[str, str] | None:
@@ -36,7 +44,9 @@ class Controller:
         self._directory: tempfile.TemporaryDirectory[str] | None = None
 
     def pytest_configure_node(self, node: Any) -> None:
-        """Before each worker starts: it is told where the services answer."""
+        """Before each worker starts: it is told where the services answer, unless settings of the run say so."""
+        if services_of_the_settings() is not None:
+            return
         if self._services is None:
             self._directory = tempfile.TemporaryDirectory(prefix="eo-tests-")
             self._services = start_services(Path(self._directory.name))
@@ -46,9 +56,8 @@ class Controller:
         return Scheduling(config, log)
 
     def pytest_unconfigure(self) -> None:
-        if self._services is not None:
-            self._services.stop()
         if self._directory is not None:
+            dev.reset(Path(self._directory.name) / STATE)
             self._directory.cleanup()
 
 

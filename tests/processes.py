@@ -51,7 +51,7 @@ class Eo:
     def running(self) -> bool:
         return self._process.poll() is None
 
-    def stop(self, timeout: float = 30) -> int:
+    def stop(self, timeout: float = 60) -> int:
         """SIGTERM and wait."""
         if self.running():
             self.signal(signal.SIGCONT)
@@ -86,7 +86,7 @@ def settings_environment(settings: Settings, **more: str) -> dict[str, str]:
     }
 
 
-def eventually(condition: Callable[[], Any], what: str, *, seconds: float = 40, log: Path | None = None) -> Any:
+def eventually(condition: Callable[[], Any], what: str, *, seconds: float = 90, log: Path | None = None) -> Any:
     """Wait until the condition is true and return its value; the deadline is only there to end a broken run."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

@@ -91,7 +91,7 @@ def make_ledger(engine: Engine) -> None:
         connection.execute(text(LEDGER))
 
 
-def rows_reach(engine: Engine, count: int, table: str = "ledger", seconds: float = 40) -> None:
+def rows_reach(engine: Engine, count: int, table: str = "ledger", seconds: float = 90) -> None:
     """Wait for the table to hold `count` rows."""
     eventually(
         lambda: scalar(engine, f"SELECT count(*) FROM {table}") >= count, f"{count} rows in {table}", seconds=seconds

@@ -53,7 +53,7 @@ def services_in(directory: Path) -> list[psutil.Process]:
     return [process for process in running_in(directory) if names([process]) & {"java", "postgres"}]
 
 
-def nothing_runs_in(directory: Path, *, seconds: float = 15) -> bool:
+def nothing_runs_in(directory: Path, *, seconds: float = 60) -> bool:
     """Whether all processes of `directory` are gone within the deadline."""
     return processes.wait_until(lambda: not running_in(directory), seconds)
 

@@ -52,7 +52,7 @@ def test_a_small_demo_ends_with_zeros() -> None:
     assert b"every order counted once" in output
     assert b"SIGKILL" in output
     assert b"SIGSTOP" in output
-    eventually(lambda: not processes_with(mark), "every process of the demo is gone", seconds=15)
+    eventually(lambda: not processes_with(mark), "every process of the demo is gone", seconds=60)
 
 
 @pytest.mark.parametrize("when", ["while the services start", "while everything runs"])
@@ -66,7 +66,7 @@ def test_ctrl_c_leaves_no_process_behind(when: str) -> None:
     os.killpg(demo.pid, signal.SIGINT)
     output, _ = demo.communicate(timeout=60)
     assert demo.returncode == 130, output.decode()
-    eventually(lambda: not processes_with(mark), "every process of the demo is gone", seconds=15)
+    eventually(lambda: not processes_with(mark), "every process of the demo is gone", seconds=60)
 
 
 def test_the_reconciliation_sees_what_is_wrong() -> None:

@@ -116,10 +116,10 @@ class Rig:
     def left(self) -> int:
         return int(str(self.sql("SELECT count(*) FROM eo.outbox_message")[0][0]))
 
-    def wait_empty(self, *, within: float = 30) -> None:
+    def wait_empty(self, *, within: float = 90) -> None:
         self.wait_for(lambda: self.left() == 0, within=within, what="the outbox to be empty")
 
-    def wait_for(self, condition: object, *, what: str, within: float = 30) -> None:
+    def wait_for(self, condition: object, *, what: str, within: float = 90) -> None:
         assert callable(condition)
         deadline = clock.monotonic() + within
         while not condition():
@@ -189,7 +189,7 @@ class RelayThread:
         self._thread.join(30)
         assert not self._thread.is_alive(), "the relay did not end"
 
-    def ended(self, within: float = 30) -> int:
+    def ended(self, within: float = 90) -> int:
         """The exit code, once it has ended by itself."""
         self._thread.join(within)
         assert self._code is not None, "the relay is still running"
@@ -250,7 +250,7 @@ class RelayProcess:
             self._popen.send_signal(signal.SIGKILL)
             self._popen.wait()
 
-    def wait(self, within: float = 30) -> int:
+    def wait(self, within: float = 90) -> int:
         """The exit code; negative for a signal."""
         try:
             return self._popen.wait(within)
