@@ -1,6 +1,7 @@
 """A payment service as a process of its own: it counts every request, and charges once for each idempotency key.
 
-POST /charge with Idempotency-Key; GET /log gives every request in its order; `?honour=0` charges every time.
+POST /charge with Idempotency-Key; GET /log gives every charge asked for, in order; `?honour=0` charges every time; a
+charge of nothing is declined (402).
 """
 
 from __future__ import annotations
@@ -64,16 +65,19 @@ def main() -> None:
         def do_POST(self) -> None:
             asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             key = self.headers["Idempotency-Key"]
+            if asked.get("cents") == 0:
+                self.reply({"error": "declined"}, 402)
+                return
             with lock:
-                known = charges.get(key) if "honour=1" in self.path else None
+                known = None if "honour=0" in self.path else charges.get(key)
                 number = known or len(log) + 1
                 charges[key] = number
                 log.append({"key": key, "charge": number, **asked})
                 self.reply({"charge": number, "key": key})
 
-        def reply(self, document: object) -> None:
+        def reply(self, document: object, status: int = 200) -> None:
             body = json.dumps(document).encode()
-            self.send_response(200)
+            self.send_response(status)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
