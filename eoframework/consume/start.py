@@ -61,7 +61,7 @@ class Start:
         refuse_moved(stream, known)
         if not known:
             offsets = self._first_offsets(around)
-            self._positions.start(connection, stream, offsets)
+            self._positions.start(connection, stream, offsets, adopted=bool(around.group_offsets))
             self._say_first_start(offsets, self._positions.siblings(connection, topic=topic) - set(declared))
         return stream
 
