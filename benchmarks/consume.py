@@ -74,7 +74,7 @@ class Bench:
         """The same start for everyone."""
         with self.engine.begin() as connection:
             connection.execute(
-                text("TRUNCATE account, eo.outbox_message, eo.processed_message, eo.position, eo.consumer")
+                text("TRUNCATE account, eo.outbox_message, eo.processed_message, eo.position, eo.consumer CASCADE")
             )
             connection.execute(text(f"INSERT INTO account SELECT g, 0 FROM generate_series(0, {ACCOUNTS - 1}) g"))
         with self.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 from eoframework.consume.batch import Delivery, Lane, Place
 from eoframework.db.faults import passing_trouble
@@ -48,6 +50,8 @@ class Walk:
     fallen: list[Delivery] = field(default_factory=list)
     """Failed, each with its error."""
     behind: list[Delivery] = field(default_factory=list)
+    calling: Delivery | None = None
+    """The one that the handler was last called for."""
     left: Sequence[Delivery] = ()
     """Not reached in time."""
     outbox: list[OutboxMessage] = field(default_factory=list)
@@ -69,6 +73,14 @@ class Walk:
 
     def copy(self) -> Walk:
         return Walk(set(self.shut), self.shuts, [*self.ran], [*self.fallen], [*self.behind])
+
+
+class _Fall(NamedTuple):
+    """A group of messages that was taken back to its savepoint."""
+
+    error: Exception
+    at: Delivery | None
+    """Which one failed; None when it was the flush of all of them."""
 
 
 class HandlerCalls:
@@ -132,6 +144,7 @@ class HandlerCalls:
                 walk.left = first[place:]
                 return
             if walk.admits(delivery):
+                walk.calling = delivery
                 message = message_of(delivery)
                 tx.enter(message, self._source(message, delivery.record), delivery.external)
                 self._call(partial(self._handler.call, message, tx))
@@ -144,30 +157,26 @@ class HandlerCalls:
                     )
                 walk.ran.append(delivery)
 
+    # --- with savepoints ---
+
     def _in_groups(self, tx: Tx, walk: Walk, first: Sequence[Delivery], out_of_time: Callable[[], bool]) -> Walk:
-        for start in range(0, len(first), _GROUP):
+        groups = deque(first[start : start + _GROUP] for start in range(0, len(first), _GROUP))
+        while groups:
             if walk.ran and out_of_time():
-                walk.left = first[start:]
+                walk.left = [delivery for group in groups for delivery in group]
                 break
-            group = first[start : start + _GROUP]
-            walk = self._saved(tx, walk, group) or self._each_saved(tx, walk, group)
-        return walk
-
-    def _each_saved(self, tx: Tx, walk: Walk, group: Sequence[Delivery]) -> Walk:
-        """The group fell back to its savepoint: its messages again, each with one of its own."""
-        for delivery in group:
-            errors: list[Exception] = []
-            after = self._saved(tx, walk, [delivery], errors)
-            if after is None:
-                walk.fell(delivery, errors[0])
-            else:
+            group = groups.popleft()
+            after = self._saved(tx, walk, group)
+            if isinstance(after, Walk):
                 walk = after
+            elif len(group) == 1:
+                walk.fell(group[0], after.error)
+            else:
+                groups.extendleft(reversed(_around(group, after.at)))
         return walk
 
-    def _saved(
-        self, tx: Tx, walk: Walk, group: Sequence[Delivery], errors: list[Exception] | None = None
-    ) -> Walk | None:
-        """The walk on over these messages, or None when one failed and none of them has left a trace."""
+    def _saved(self, tx: Tx, walk: Walk, group: Sequence[Delivery]) -> Walk | _Fall:
+        """The walk on over these messages; or which one failed, and none of them has left a trace."""
         after = walk.copy()
         try:
             with tx.session.begin_nested() as savepoint:
@@ -181,9 +190,7 @@ class HandlerCalls:
             self._connection.check_intact()
             if not (tx.session.is_active and tx.session.connection().in_transaction()):
                 raise  # it has ended the transaction itself: there is no savepoint to go on from
-            if errors is not None:
-                errors.append(cause)
-            return None
+            return _Fall(cause, after.calling if isinstance(error, HandlerError) else None)
         return after
 
     # --- as a list ---
@@ -236,6 +243,17 @@ class HandlerCalls:
 
     def _source(self, message: Message[object], record: Record) -> Source:
         return Source(self._handler.group, self._stream.topic_id, message.partition, message.offset, record.timestamp)
+
+
+def _around(group: Sequence[Delivery], culprit: Delivery | None) -> list[Sequence[Delivery]]:
+    """The group once more: what comes before the culprit, then it alone, which shows whether it is one, then the rest.
+
+    It may have failed of what an earlier one left to be flushed.
+    """
+    if culprit is None:
+        return [[delivery] for delivery in group]
+    at = next(place for place, delivery in enumerate(group) if delivery.place == culprit.place)
+    return [part for part in (group[:at], [group[at]], group[at + 1 :]) if part]
 
 
 def message_of(delivery: Delivery) -> Message[object]:

@@ -14,13 +14,13 @@ from collections.abc import Callable, Collection, Mapping
 
 from eoframework import clock, events
 from eoframework.consume.batch import Delivery, Lane, Outcome, Place
-from eoframework.consume.calls import HandlerError
 from eoframework.consume.executor import died_too_often
+from eoframework.consume.failure import error_of
 from eoframework.consume.unit import Unit
 from eoframework.db.parking import Parking
 from eoframework.db.position import Claim
 from eoframework.db.session import Connection
-from eoframework.errors import EoError, Retryable
+from eoframework.errors import Retryable
 from eoframework.failures import Parked
 
 _LANES = 100
@@ -120,7 +120,8 @@ class Drain:
             return None
         parked, delivery = found[0]
         if outcome.error is not None:
-            outcome = self._failed_again(claim, parked, delivery, outcome.error)
+            named = next(iter(outcome.culprits.values()), outcome.error)
+            outcome = self._failed_again(claim, parked, delivery, named)
         else:
             events.emit("consume.unparked", record=parked.record)
         if outcome.trouble is None:
@@ -164,9 +165,13 @@ class Drain:
             unit.publish(connection, letters)
             return outcome
         first = unit.first_timers(connection, [delivery])
-        walk = unit.calls.run(connection, first, shut=set())
-        if walk.fallen:  # a batch handler said so with tx.fail
-            raise HandlerError(walk.fallen[0].error or EoError("tx.fail"))
+        # In a savepoint: a failure is booked in the same transaction.
+        walk = unit.calls.run(connection, first, shut=set(), wary=True)
+        if walk.fallen:
+            unit.forget(connection, walk.fallen)
+            outcome, letters = unit.failures.settle_parked(connection, parked, delivery, error_of(walk.fallen[0]))
+            unit.publish(connection, letters)
+            return outcome
         self._parking.remove(connection, unit.stream, parked)
         outcome = Outcome(messages=len(walk.ran), duplicates=1 - len(first))
         unit.failures.end_run(connection, outcome)

@@ -95,7 +95,7 @@ class Failures:
 
         `behind`: what has to wait for something of an earlier batch. Raises ParkingFull, FailClosed (the breaker).
         """
-        verdicts = [(delivery, self.judge(delivery, _error(delivery))) for delivery in walk.fallen]
+        verdicts = [(delivery, self.judge(delivery, error_of(delivery))) for delivery in walk.fallen]
         waiting = [
             self._waiting(delivery, verdict) for delivery, verdict in verdicts if not isinstance(verdict, GiveUp)
         ]
@@ -118,8 +118,9 @@ class Failures:
         parking = self._stores.parking
         if not isinstance(verdict, GiveUp):
             again = Parked(parked.lane, parked.record, _attempts(delivery, error), delivery.crashes)
-            parking.failed(connection, self._stream, again, self._cause(error), wait=verdict)
-            self._say_waiting(delivery, error, verdict)
+            cause = self._cause(error)
+            parking.failed(connection, self._stream, again, cause, wait=verdict)
+            self._say_waiting(delivery, error, verdict, cause)
             return Outcome(), []
         # A dead letter keeps its id as processed: its producer's duplicates are not run. If one of them was, this is
         # the duplicate, and nothing to give up.
@@ -145,7 +146,7 @@ class Failures:
                 attempts=_attempts(delivery.counted(attempts, crashes), error),
                 crashes=delivery.crashes,
             )
-            self._say_waiting(delivery, error, verdict)
+            self._say_waiting(delivery, error, verdict, cause)
         return verdict
 
     def begin(self) -> None:
@@ -172,10 +173,11 @@ class Failures:
     # --- the steps ---
 
     def _waiting(self, delivery: Delivery, wait: float) -> Waiting:
-        error = _error(delivery)
-        self._say_waiting(delivery, error, wait)
+        error = error_of(delivery)
+        cause = self._cause(error)
+        self._say_waiting(delivery, error, wait, cause)
         parked = Parked(delivery.lane[1], delivery.record, _attempts(delivery, error), delivery.crashes)
-        return Waiting(parked, delivery.id, wait, self._cause(error))
+        return Waiting(parked, delivery.id, wait, cause)
 
     def _park(self, connection: Connection, waiting: Sequence[Waiting]) -> None:
         if not waiting:
@@ -207,7 +209,7 @@ class Failures:
         return [message for delivery, verdict in dying for message in self._bury_one(connection, delivery, verdict)]
 
     def _tripped(self, delivery: Delivery, refusal: str) -> FailClosed:
-        error = _error(delivery)
+        error = error_of(delivery)
         tripped = FailClosed(
             f"{self._handler.group} at {delivery.record}: {refusal}; it failed with {self._cause(error)}.",
             remedy="None of these was given up, they all run again. Mend the handler or what it needs, and start "
@@ -217,7 +219,7 @@ class Failures:
         return tripped
 
     def _bury_one(self, connection: Connection, delivery: Delivery, verdict: GiveUp) -> list[OutboxMessage]:
-        error = _error(delivery)
+        error = error_of(delivery)
         cause = self._cause(error)
         parked = Parked(delivery.lane[1], delivery.record, _attempts(delivery, error), delivery.crashes)
         holds = self._policy.after_dead == "hold"
@@ -253,11 +255,11 @@ class Failures:
     def _cause(self, error: Exception) -> Cause:
         return cause_of(error, text=self._text)
 
-    def _say_waiting(self, delivery: Delivery, error: Exception, wait: float) -> None:
+    def _say_waiting(self, delivery: Delivery, error: Exception, wait: float, cause: Cause) -> None:
         def tell() -> None:
             log.warning(
                 "%s: %s failed (attempt %d, %s); rolled back, it is tried again in %.1f s and %s waits behind it",
-                *(self._handler.group, delivery.record, delivery.attempts + 1, self._cause(error), wait),
+                *(self._handler.group, delivery.record, delivery.attempts + 1, cause, wait),
                 "its key" if self._policy.parks else "its partition",
             )
             events.emit("consume.failed", record=delivery.record, error=error)
@@ -279,7 +281,8 @@ def _attempts(delivery: Delivery, error: Exception) -> int:
     return delivery.attempts + (not isinstance(error, InFlight))
 
 
-def _error(delivery: Delivery) -> Exception:
+def error_of(delivery: Delivery) -> Exception:
+    """Why a delivery failed that did."""
     if delivery.error is None:
         raise AssertionError(f"{delivery.record} did not fail")
     return delivery.error

@@ -122,6 +122,11 @@ class Unit:
                 first.append(delivery)
         return first
 
+    def forget(self, connection: Connection, deliveries: Iterable[Delivery]) -> None:
+        """Take back the ids that `first_timers` recorded for messages whose turn has not come."""
+        ids = {delivery.id for delivery in deliveries if delivery.id is not None}
+        self.stores.processed.forget(connection, self.stream.consumer_id, ids)
+
     def call_outside(self, delivery: Delivery) -> Delivery:
         """Make the handler's calls outside the database, with no transaction open; raises what they raise."""
         if not self.handler.external or delivery.message is None or delivery.error is not None:
