@@ -236,12 +236,12 @@ class ShardRelay:
         hold = self._around.settings.relay_after_dead == "hold"
         letter = self._rows.bury(self.claim, row, refusal, hold=hold)
         _log.error(
-            "outbox message %s for %s can never be sent: %s It is dead letter %d; %s the others flow.",
+            "outbox message %s for %s can never be sent: %s It is dead letter %d; %sthe others flow.",
             row.id,
             row.topic,
             clean(refusal.what, MAX_ERROR),
             letter.dead_letter,
-            "the later ones of its key wait (eo outbox retry, or discard)," if letter.holds else "",
+            "the later ones of its key wait (eo outbox retry, or discard), " if letter.holds else "",
         )
         events.emit("relay.dead_lettered", shard=self.claim.shard, id=row.id, dead_letter=letter.dead_letter)
 
