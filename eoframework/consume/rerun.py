@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from uuid import UUID
 
@@ -24,6 +24,7 @@ from eoframework.db.parking import Parking
 from eoframework.db.reprocessing import Reprocessing
 from eoframework.db.session import Connection
 from eoframework.errors import ConfigurationError, FailClosed, LostConnection, Retryable
+from eoframework.external import InFlight
 from eoframework.failures import Cause, cause_of
 from eoframework.lifecycle import Backoff
 from eoframework.message import Record, position_id
@@ -116,8 +117,11 @@ class Rerun:
     def _attempt(self, deliveries: Sequence[Delivery], *, wary: bool) -> list[tuple[Sequence[Delivery], bool]]:
         """One transaction; returns what has to run again, and how."""
         unit = self._unit
-        confirm_topic = self._ask_topic()
+        if unit.handler.external and len(deliveries) > 1:
+            return [([delivery], False) for delivery in deliveries]  # their calls are made before the transaction
         try:
+            deliveries = [self._call_outside(delivery) for delivery in deliveries]
+            confirm_topic = self._ask_topic()
             with unit.connection.begin(f"{unit.handler.group}: reprocessing") as connection:
                 done = self._work(connection, deliveries, confirm_topic, wary=wary)
         except _Fallen as error:
@@ -142,15 +146,33 @@ class Rerun:
         ready = self._sift(connection, deliveries, done)
         first = self._first_timers(connection, ready)
         done.duplicates = len(ready) - len(first)
+        first = [self._with_stored_results(connection, delivery) for delivery in first]
         walk = self._unit.calls.run(connection, first, shut=set(), wary=wary)
         if walk.fallen:
             raise _Fallen({d.place: d.error or AssertionError(f"{d.record} failed") for d in walk.fallen})
+        self._unit.settle_calls(connection, walk.ran)
         self._unit.publish(connection, walk.outbox)
         # As in the real run: asked after the records came, answered before they count.
         confirm_topic()
         done.ran = len(walk.ran)
         events.emit("reprocess.handled", messages=done.ran)
         return done
+
+    # --- calls outside the database ---
+
+    def _call_outside(self, delivery: Delivery) -> Delivery:
+        """Make its calls, if it is to run and they were not made before; no transaction is open."""
+        if not self._unit.handler.external:
+            return delivery
+        with self._unit.connection.begin(f"{self._unit.handler.group}: reprocessing") as connection:
+            ready = self._sift(connection, [delivery], Tally())
+        return self._unit.call_outside(delivery) if ready else delivery
+
+    def _with_stored_results(self, connection: Connection, delivery: Delivery) -> Delivery:
+        """Where effects are repeated, what the calls returned the first time: they are not made a second time."""
+        if delivery.external is not None or delivery.message is None:
+            return delivery
+        return replace(delivery, external=self._unit.external.stored(connection, delivery.message))
 
     # --- who runs ---
 
@@ -241,6 +263,8 @@ class Rerun:
             return [(deliveries, False)]
         cause = error.error if isinstance(error, HandlerError) else error
         trouble = passing_trouble(cause, self._unit.handler.group)
+        if isinstance(cause, InFlight):
+            trouble = Retryable(str(cause))
         if trouble is None and self._unit.connection.status() is None:
             trouble = LostConnection(f"{self._unit.handler.group}: the connection to PostgreSQL was lost ({cause}).")
         if trouble is not None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from sqlalchemy import Connection
 
+from eoframework.db.processed import RENEW_AFTER
 from eoframework.db.session import Database
 from eoframework.schema import Schema
 
@@ -41,13 +42,13 @@ FROM {eo}.position p CROSS JOIN LATERAL (
 WHERE s.at IS NULL OR s.at < %(horizon)s - make_interval(secs => %(seconds)s / 100)
 ON CONFLICT DO NOTHING
 """
-# The first sample at or after the time says what was reached by then. Without one: whatever has been reached at all.
-# A consumer younger than that has no such ids.
+# The first sample at or after the time says what was reached by then; later by the accuracy with which an id's time
+# follows its duplicates. Without one: whatever has been reached at all. A consumer younger than that has no such ids.
 _RAISE = """
 INSERT INTO {eo}.coverage AS old (consumer_id, topic_id, partition, covered_from)
 SELECT * FROM (
     SELECT s.consumer_id, s.topic_id, s.partition, coalesce(
-        (array_agg(s.reached ORDER BY s.at) FILTER (WHERE s.at >= %(before)s))[1],
+        (array_agg(s.reached ORDER BY s.at) FILTER (WHERE s.at >= %(before)s + %(renew_after)s))[1],
         greatest(max(s.reached), max(p.next_offset))) AS covered_from
     FROM {eo}.position_sample s JOIN {eo}.consumer c ON c.id = s.consumer_id AND c.created_at < %(before)s
         LEFT JOIN {eo}.position p USING (consumer_id, topic_id, partition)
@@ -105,7 +106,7 @@ def raise_coverage(database: Database, *, older_than: timedelta) -> Covered | No
             {"horizon": horizon, "seconds": seconds},
         ).scalar_one()
         connection.exec_driver_sql(schema.sql(_SAMPLE), {"horizon": horizon, "seconds": seconds})
-        raised = connection.exec_driver_sql(schema.sql(_RAISE), {"before": before}).rowcount
+        raised = connection.exec_driver_sql(schema.sql(_RAISE), {"before": before, "renew_after": RENEW_AFTER}).rowcount
         connection.exec_driver_sql(schema.sql(_THIN_OUT), {"before": before})
     return Covered(before, raised)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from datetime import timedelta
 from uuid import UUID
 
 from sqlalchemy import Connection
@@ -15,6 +16,15 @@ INSERT INTO {eo}.processed_message (consumer_id, message_id)
 SELECT %(consumer_id)s, id FROM unnest(%(ids)s::uuid[]) AS given(id) ORDER BY id
 ON CONFLICT ON CONSTRAINT processed_message_pkey DO NOTHING RETURNING message_id
 """
+# An id is remembered from when it was last seen, within this accuracy: each time would be a write for each duplicate.
+# A message whose id were forgotten earlier, because another one bore it long before, would count as covered and be run
+# again (coverage.py). A row that is locked is being renewed by somebody else.
+RENEW_AFTER = timedelta(hours=1)
+_RENEW = """
+UPDATE {eo}.processed_message SET processed_at = now() WHERE ctid = ANY(ARRAY(
+    SELECT ctid FROM {eo}.processed_message WHERE consumer_id = %(consumer_id)s AND message_id = ANY(%(ids)s::uuid[])
+        AND processed_at < now() - %(after)s FOR UPDATE SKIP LOCKED))
+"""
 _FORGET = """
 DELETE FROM {eo}.processed_message WHERE consumer_id = %(consumer_id)s AND message_id = ANY(%(ids)s::uuid[])
 """
@@ -25,10 +35,11 @@ class ProcessedMessages:
 
     def __init__(self, schema: Schema) -> None:
         self._claim = schema.sql(_CLAIM)
+        self._renew = schema.sql(_RENEW)
         self._forget = schema.sql(_FORGET)
 
     def claim(self, connection: Connection, consumer_id: int, ids: Collection[UUID]) -> set[UUID]:
-        """Record the ids and return those seen for the first time.
+        """Record the ids and return those seen for the first time; the others are remembered anew.
 
         An id that another open transaction has just inserted is waited for: if that one commits, ours is a duplicate;
         if it rolls back, ours is first. (PostgreSQL manual, INSERT, "ON CONFLICT Clause".)
@@ -36,7 +47,11 @@ class ProcessedMessages:
         if not ids:
             return set()
         rows = connection.exec_driver_sql(self._claim, {"consumer_id": consumer_id, "ids": list(ids)})
-        return {row[0] for row in rows}
+        new = {row[0] for row in rows}
+        if len(new) < len(set(ids)):
+            seen = {"consumer_id": consumer_id, "ids": list(set(ids) - new), "after": RENEW_AFTER}
+            connection.exec_driver_sql(self._renew, seen)
+        return new
 
     def forget(self, connection: Connection, consumer_id: int, ids: Collection[UUID]) -> None:
         """Take ids back that this same transaction recorded for messages it then did not run."""

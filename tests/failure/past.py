@@ -40,6 +40,8 @@ class Past:
     batch: bool = False
     poison: set[int] = field(default_factory=set)
     ids: bool = True
+    charges: bool = False
+    """Books the result of the external call "charge"."""
     app: App = field(init=False)
     sent: int = 0
 
@@ -52,7 +54,8 @@ class Past:
 
         def book(message: Message[Entry], tx: Tx) -> None:
             n = message.payload.n
-            tx.session.execute(INSERT, {"p": message.partition, "o": message.offset, "n": str(n)})
+            note = tx.external("charge") if self.charges else n
+            tx.session.execute(INSERT, {"p": message.partition, "o": message.offset, "n": str(note)})
             tx.publish(booked, Entry(n=n), cause=message)
             if n in self.poison:
                 raise ValueError(f"poison {n}")

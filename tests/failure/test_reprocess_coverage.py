@@ -10,9 +10,11 @@ import pytest
 from sqlalchemy import text
 
 from eoframework import clock
+from eoframework.db import coverage
 from eoframework.db.coverage import raise_coverage
 from eoframework.db.position import Positions, Stream
 from eoframework.db.position_admin import PositionAdmin
+from eoframework.db.processed import ProcessedMessages
 from eoframework.db.retention import forget_processed
 from eoframework.db.session import Database
 from tests.consume.harness import column, scalar
@@ -160,12 +162,37 @@ def test_adopted_offsets_have_no_ids_before_them(database: Database) -> None:
     assert Shelf(database, adopted=True, start=300).covered_from == 300
 
 
-def test_a_batch_under_way_is_not_overlooked(shelf: Shelf) -> None:
+def test_a_duplicate_keeps_the_id_of_a_message_long_before(shelf: Shelf) -> None:
+    """Offset 10 and, six days later, offset 500 bear one id.
+
+    Seen to fail with `_RENEW` not executed: the id was gone on the eighth day, and 500 counted as covered.
+    """
+    database, identity = shelf.database, uuid.uuid4()
+    processed = ProcessedMessages(database.schema)
+    for days, reached in ((0, 11), (1.5, 12), (4.5, 501), (2, 600)):
+        shelf.age(days)
+        shelf.reach(reached)
+        shelf.prune()
+        if reached < 600:
+            with database.begin("test") as connection:
+                new = processed.claim(connection, shelf.stream.consumer_id, [identity])
+            assert bool(new) == (reached == 11)
+    assert shelf.covered_from == 12
+    covered = raise_coverage(database, older_than=WEEK)
+    assert covered is not None
+    assert forget_processed(database, before=covered.before, limit=10) == 0
+    shelf.age(8)
+    shelf.prune()
+    assert shelf.covered_from >= 501
+
+
+def test_a_batch_under_way_is_not_overlooked(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
     """An id bears the time at which its transaction began; the position moves when that ends.
 
     Seen to fail with `min(a.xact_start)` removed from the horizon: its id was forgotten, and offset 0 counted as
     covered.
     """
+    monkeypatch.setattr(coverage, "RENEW_AFTER", timedelta(0))  # it would cover for transactions of an hour
     database = shelf.database
     with database.engine.connect() as batch:
         batch.execute(text("UPDATE eo.position SET next_offset = 10"))

@@ -10,7 +10,7 @@ import pytest
 from confluent_kafka import Producer
 from sqlalchemy import make_url
 
-from eoframework import clock
+from eoframework import External, ExternalCall, Message, NotDone, clock
 from eoframework.db.session import Database, open_database
 from eoframework.errors import FailClosed, NotFound
 from eoframework.kafka.admin import Admin
@@ -20,7 +20,7 @@ from eoframework.schema import Schema
 from eoframework.settings import Settings
 from tests.conftest import MakeTopic, make_settings
 from tests.consume.harness import column, running, scalar
-from tests.failure.past import Past, listening
+from tests.failure.past import Entry, Past, listening
 from tests.processes import eventually
 from tests.proxy import Moment, proxy_to
 
@@ -401,3 +401,30 @@ class TestTheLog:
         assert past.plan("earliest", between).ranges[0].end == 5
         assert past.plan(timedelta(hours=1)).ranges[0].start == 0
         assert past.plan(clock.now() + timedelta(hours=1)).counts.duplicates == 0
+
+
+class TestCallsOutside:
+    def test_they_are_made_for_what_runs_the_first_time_and_never_again(
+        self, settings: Settings, database: Database, topic_name: str
+    ) -> None:
+        """Seen to fail with `_with_stored_results` giving nothing: the repetition had no result to go on with."""
+        called: list[int] = []
+
+        def charge(message: Message[Entry], call: ExternalCall) -> object:
+            called.append(message.payload.n)
+            if message.payload.n == 7:
+                raise NotDone
+            return message.payload.n * 100
+
+        past = Past(settings, database, topic_name, options={"external": [External("charge", charge)]}, charges=True)
+        past.send(3)
+        past.live()
+        past.send(6)
+        past.move(9)
+        tally = past.again()
+        assert (tally.ran, tally.duplicates, [f.offset for f in tally.failed]) == (5, 3, [7])
+        assert sorted(called) == list(range(9))
+        assert past.repeat("earliest", 6).ran == 6
+        assert sorted(called) == list(range(9))
+        charged = [0, 1, 2, 3, 4, 5, 6, 8, 0, 1, 2, 3, 4, 5]
+        assert past.booked() == [n * 100 for n in charged]
