@@ -5,8 +5,8 @@
 The same messages twice, in interleaved rounds: `clean`, where nothing fails, and `failing`, where every hundredth
 message fails at each attempt (each with a key of its own) and so does every message of one hot key, another hundredth.
 Counted is only what must flow: the messages of the 100 other keys, by the database's own clock, from the first
-processed row to the last. A round counts only after these have had their effect once each, in the order of their keys, and the failing
-ones none. The figure to quote is the paired ratio.
+processed row to the last. A round counts only after these have had their effect once each, in the order of their keys,
+and the failing ones none. The figure to quote is the paired ratio.
 """
 
 from __future__ import annotations
