@@ -61,12 +61,10 @@ def letter_line(letter: DeadLetter) -> str:
 def letter_text(letter: DeadLetter) -> str:
     """Everything about a letter."""
     whole = whole_letter_document(letter)
-    late = ("payload", "error", "traceback")
+    late = ("payload", "traceback")
     lines = [f"{name}: {_plain(value)}" for name, value in whole.items() if name not in late and value is not None]
     if letter.traceback:
         lines += ["", letter.traceback.rstrip()]
-    elif letter.error:
-        lines += ["", letter.error]
     lines += ["", f"payload ({letter.size} bytes):", whole["payload"] or "(none)"]
     if whole["payload_cut"]:
         lines.append(f"... cut; whole: eo dead show {letter.id} --payload")
