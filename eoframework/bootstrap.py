@@ -110,7 +110,8 @@ def prepare(app: App, *, stop: threading.Event, wait: bool = True) -> Ready | No
 
 def check_topics(ready: Ready, handlers: Collection[Handler], reference: str) -> None:
     """Raise UnknownTopic for the handlers' topics that do not exist: subscribing to them would wait in silence."""
-    names = sorted({handler.topic.name for handler in handlers})
+    letters = {topic for handler in handlers if (topic := handler.dead_letter_topic) is not None}
+    names = sorted({handler.topic.name for handler in handlers} | letters)
     missing = [name for name in names if name not in ready.admin.existing([name])]
     if missing:
         raise UnknownTopic(

@@ -46,6 +46,11 @@ class Handler:
     external: tuple[External, ...] = ()
     """Called for each message before its transaction begins, in this order."""
 
+    @property
+    def dead_letter_topic(self) -> str | None:
+        """Where its dead letters are published too, if anywhere."""
+        return f"{self.group}.dlt" if self.policy.dead_letter_topic else None
+
     def call(self, message: Message[Any], tx: Tx) -> None:
         """Run the function for one message; whatever it raises comes out as it is."""
         self._run(message if self.takes_messages else message.payload, tx)

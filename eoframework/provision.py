@@ -48,8 +48,14 @@ class Difference:
         return {"topic": self.topic, "action": self.action, "what": self.what}
 
 
-def wanted_topics(topics: Iterable[Topic[Any]], *, brokers: int, outbox: tuple[UUID, int] | None) -> list[WantedTopic]:
-    """Every topic of the app and, with `outbox` = (id, shards), the relay's checkpoint topic."""
+def wanted_topics(
+    topics: Iterable[Topic[Any]],
+    *,
+    brokers: int,
+    outbox: tuple[UUID, int] | None,
+    dead_letters: Iterable[str] = (),
+) -> list[WantedTopic]:
+    """Every topic of the app, those for its dead letters, and with `outbox` = (id, shards) the checkpoint topic."""
     replicas = 3 if brokers >= _ENOUGH_BROKERS else 1
     by_name: dict[str, Topic[Any]] = {}
     for topic in topics:
@@ -57,6 +63,7 @@ def wanted_topics(topics: Iterable[Topic[Any]], *, brokers: int, outbox: tuple[U
         if topic.name not in by_name or topic.partitions is not None:
             by_name[topic.name] = topic
     wanted = [_wanted(topic, replicas) for _, topic in sorted(by_name.items())]
+    wanted += [WantedTopic(name, None, replicas, _durable(replicas)) for name in dead_letters if name not in by_name]
     if outbox is not None:
         outbox_id, shards = outbox
         # Compacted only: with a time limit the last checkpoint of a quiet shard would vanish, and nobody could tell

@@ -63,3 +63,9 @@ def test_more_replicas_than_brokers(bare_shell: Shell) -> None:
     said = bare_shell.run("topics", "apply", "tests.cli.shop:ambitious", code=3).stderr
     assert "shop.ambitious" in said
     assert "Correct Topic(...)" in said
+
+
+def test_topics_for_dead_letters_are_wanted_like_the_others() -> None:
+    wanted = provision.wanted_topics([], brokers=3, outbox=None, dead_letters=["shop.reserve.dlt"])
+    assert [(topic.name, topic.partitions, topic.replicas) for topic in wanted] == [("shop.reserve.dlt", None, 3)]
+    assert wanted[0].config["min.insync.replicas"] == "2"
