@@ -45,6 +45,8 @@ class Parked:
     """How often the handler has failed on it."""
     crashes: int = 0
     """How often it was the one in flight when a process died."""
+    age: float = 0.0
+    """Seconds since it first failed."""
 
 
 def cause_of(error: Exception, *, text: bool) -> Cause:
@@ -56,7 +58,7 @@ def cause_of(error: Exception, *, text: bool) -> Cause:
     if not text:
         return Cause(name[:200], fingerprint, place)
     told = "".join(traceback.format_exception(error, chain=False))
-    return Cause(name[:200], fingerprint, place, clean(_words(error), MAX_ERROR), clean(told, MAX_TRACEBACK))
+    return Cause(name[:200], fingerprint, place, clean(words(error), MAX_ERROR), clean(told, MAX_TRACEBACK))
 
 
 def _application_frame(trace: TracebackType | None) -> str:
@@ -69,7 +71,8 @@ def _application_frame(trace: TracebackType | None) -> str:
     return found
 
 
-def _words(error: Exception) -> str:
+def words(error: BaseException) -> str:
+    """The error's text, whatever its class makes of it."""
     try:
         return str(error)
     except Exception:  # noqa: BLE001 - a broken __str__ must not keep its message from being set aside

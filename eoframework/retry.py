@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -27,8 +28,10 @@ class Backoff:
 
     def after(self, attempts: int) -> float:
         """The pause after so many failed attempts."""
-        # min first: 2.0 ** 2000 is an OverflowError, and a retry must not fail of its own arithmetic.
-        return min(self.max, self.initial * self.factor ** min(attempts - 1, 64))
+        try:
+            return min(self.max, self.initial * self.factor ** (attempts - 1))
+        except OverflowError:  # 2.0 ** 2000: a retry must not fail of its own arithmetic
+            return self.max if self.initial else 0.0
 
 
 def exponential(
@@ -38,7 +41,7 @@ def exponential(
 ) -> Backoff:
     """Pauses that grow: `initial` seconds after the first failure, each one `factor` times the last, at most `max`."""
     first, longest = _seconds(initial), _seconds(max)
-    if first < 0 or factor < 1 or not first <= longest <= _LONGEST:
+    if not (first >= 0 and 1 <= factor < math.inf and first <= longest <= _LONGEST):
         raise ConfigurationError(
             f"exponential(initial={first:g}, factor={factor:g}, max={longest:g}) is no back-off.",
             remedy="0 <= initial <= max <= 30 days, factor >= 1; in seconds.",
@@ -149,7 +152,7 @@ class Tally:
         self._last.extend([True] * messages)
 
     def refuses(self, *, run: int, dying: int) -> str | None:
-        """Why `dying` more dead letters may not be written, with which `run` would be dead in a row; None if they may."""
+        """Why `dying` more dead letters may not be written, `run` of them in a row; None if they may."""
         breaker = self._breaker
         if breaker is None:
             return None

@@ -14,6 +14,7 @@ from eoframework.db.position import Stream
 from eoframework.db.session import Connection, SessionFactory
 from eoframework.db.unit_of_work import WorkerConnection, handler_session
 from eoframework.errors import BatchItemFailed, ConfigurationError, FailClosed, HandlerMisuse, Retryable
+from eoframework.failures import words
 from eoframework.handlers import Handler
 from eoframework.message import Message, OutboxMessage, Record, Source
 from eoframework.tx import Tx
@@ -26,7 +27,7 @@ class HandlerError(Exception):
     """What a handler raised, wrapped so that it is not taken for an error of ours."""
 
     def __init__(self, error: Exception) -> None:
-        super().__init__(str(error))
+        super().__init__(words(error))
         self.error = error
 
 
@@ -239,6 +240,12 @@ class HandlerCalls:
             call()
         except Exception as error:
             raise HandlerError(error) from error
+        except SystemExit as error:
+            # It would end the worker cleanly, so that the next one fears nothing and meets the same message again.
+            misuse = HandlerMisuse(
+                f"{self._handler.group} called sys.exit({words(error)}).", remedy="Raise an error of this message."
+            )
+            raise HandlerError(misuse) from error
         self._connection.check_intact()
 
     def _source(self, message: Message[object], record: Record) -> Source:

@@ -10,11 +10,12 @@ so within a lane nothing overtakes anything.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping
 
 from eoframework import clock, events
 from eoframework.consume.batch import Delivery, Lane, Outcome, Place
-from eoframework.consume.executor import died_too_often
+from eoframework.consume.executor import read_or_died
 from eoframework.consume.failure import error_of
 from eoframework.consume.unit import Unit
 from eoframework.db.parking import Parking
@@ -24,9 +25,11 @@ from eoframework.errors import Retryable
 from eoframework.failures import Parked
 
 _LANES = 100
-# Someone may put a dead letter back while nothing is parked that we know of.
-_LOOK_SELDOM = 1.0
-_LOOK_OFTEN = 0.1
+# Messages of one lane before it is another's turn.
+_TURN = 20
+# A dead letter may be put back at any time.
+_LOOK_AT_LEAST = 1.0
+_LOOK_AT_MOST = 0.05
 
 
 class Drain:
@@ -37,25 +40,34 @@ class Drain:
         self._parking = parking
         self._next_look = 0.0
         self._lanes: list[Lane] = []
+        self._owns = False
+        self._in_turn = 0
+        self._more = False
+        """Whether a lane was left for others, with messages in it."""
         self._fearful: set[int] = set()
         """Partitions whose last owner may have died of a parked message: until all that is due has run."""
         self._charges: dict[Place, int] = {}
         """Messages already charged by this process with a crash, and how many they had before."""
-        self.pending = True
-        """Whether something may be parked: then it is worth looking often."""
 
     def look_soon(self) -> None:
         """Something was parked, or partitions were claimed."""
-        self.pending = True
         self._next_look = 0.0
+
+    def patience(self) -> float:
+        """Seconds until there may be something to do."""
+        if self.busy:
+            return 0.0
+        # Without a partition nothing is looked for: polling without a pause would only turn the processor.
+        return max(0.0, self._next_look - clock.monotonic()) if self._owns else math.inf
 
     @property
     def busy(self) -> bool:
         """Whether due messages were left over."""
-        return bool(self._lanes)
+        return bool(self._lanes) or self._more
 
     def run(self, claims: Mapping[int, Claim], careful: Collection[int], *, seconds: float) -> Outcome:
         """Run due messages of these partitions, at least one and for about so long; nothing of a position moves."""
+        self._owns = bool(claims)
         self._fearful = (self._fearful | set(careful)) & claims.keys()
         total = Outcome()
         until = clock.monotonic() + seconds
@@ -64,29 +76,39 @@ class Drain:
             lane = self._lanes[0]
             claim = claims.get(lane[0])
             outcome = self._one(lane, claim) if claim is not None and not total.stops(lane[0]) else None
-            if outcome is None:
-                self._lanes.pop(0)
-                continue
-            total.add(outcome)
-            if clock.monotonic() > until:
+            total.add(outcome or Outcome())
+            self._next_turn(done=outcome is None)
+            if outcome is not None and clock.monotonic() > until:
                 break
+            total.add(self._look(claims))
         return total
+
+    def _next_turn(self, *, done: bool) -> None:
+        """A lane that is fed as fast as it is drained must not keep the others from their turn for ever."""
+        self._in_turn += 1
+        if done or self._in_turn >= _TURN:
+            self._lanes.pop(0)
+            self._in_turn = 0
+            self._more = self._more or not done
 
     def _look(self, claims: Mapping[int, Claim]) -> Outcome:
         now = clock.monotonic()
-        if self._lanes or not claims or now < self._next_look:
+        if self._lanes or not claims or (now < self._next_look and not self._more):
+            self._more = self._more and bool(claims)
             return Outcome()
 
         def look(connection: Connection) -> Outcome:
             stream = self._unit.stream
             self._lanes = self._parking.due(connection, stream, claims.keys(), limit=_LANES)
-            self.pending = bool(self._lanes) or self._parking.any(connection, stream, claims.keys())
+            next_due = self._parking.next_due(connection, stream, claims.keys())
+            wait = _LOOK_AT_LEAST if next_due is None else min(_LOOK_AT_LEAST, max(_LOOK_AT_MOST, next_due))
+            self._next_look = now + wait
             return Outcome()
 
         outcome = self._unit.attempt("look for due messages", look)
+        self._more = False
         if not self._lanes and outcome.trouble is None:
             self._fearful.clear()
-        self._next_look = now + (_LOOK_OFTEN if self.pending else _LOOK_SELDOM)
         return outcome
 
     # --- one message ---
@@ -120,8 +142,7 @@ class Drain:
             return None
         parked, delivery = found[0]
         if outcome.error is not None:
-            named = next(iter(outcome.culprits.values()), outcome.error)
-            outcome = self._failed_again(claim, parked, delivery, named)
+            outcome = self._failed_again(claim, parked, delivery, outcome.error)
         else:
             events.emit("consume.unparked", record=parked.record)
         if outcome.trouble is None:
@@ -153,9 +174,8 @@ class Drain:
 
     def _delivery(self, parked: Parked) -> Delivery:
         place = parked.record.partition, parked.record.offset
-        delivery = self._unit.decode(parked.record).counted(parked.attempts, self._charges.get(place, parked.crashes))
-        died = died_too_often(self._unit.handler.policy.retry, delivery)
-        return delivery.failed(died) if died is not None else delivery
+        crashes = self._charges.get(place, parked.crashes)
+        return read_or_died(self._unit, parked.record, parked.attempts, crashes)
 
     def _work(self, connection: Connection, parked: Parked, delivery: Delivery) -> Outcome:
         unit = self._unit
@@ -163,6 +183,7 @@ class Drain:
         if delivery.error is not None:
             outcome, letters = unit.failures.settle_parked(connection, parked, delivery, delivery.error)
             unit.publish(connection, letters)
+            events.emit("consume.settled", parked=0, dead=outcome.dead)
             return outcome
         first = unit.first_timers(connection, [delivery])
         # In a savepoint: a failure is booked in the same transaction.
@@ -171,6 +192,7 @@ class Drain:
             unit.forget(connection, walk.fallen)
             outcome, letters = unit.failures.settle_parked(connection, parked, delivery, error_of(walk.fallen[0]))
             unit.publish(connection, letters)
+            events.emit("consume.settled", parked=0, dead=outcome.dead)
             return outcome
         self._parking.remove(connection, unit.stream, parked)
         outcome = Outcome(messages=len(walk.ran), duplicates=1 - len(first))
@@ -189,6 +211,7 @@ class Drain:
                 return Outcome()
             outcome, letters = self._unit.failures.settle_parked(connection, head, delivery, error)
             self._unit.publish(connection, letters)
+            events.emit("consume.settled", parked=0, dead=outcome.dead)
             return outcome
 
         outcome = self._unit.attempt(f"{parked.record} failed again", settle)

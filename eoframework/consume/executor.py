@@ -24,6 +24,7 @@ from eoframework.db.attempts import Attempts
 from eoframework.db.position import Claim
 from eoframework.db.session import Connection
 from eoframework.errors import ProcessDied, Retryable
+from eoframework.external import InFlight
 from eoframework.message import Record
 from eoframework.retry import GiveUp, Retry
 
@@ -68,17 +69,19 @@ class Executor:
         have killed it.
         """
         self._deadline = clock.monotonic() + self._budget
-        deliveries = [self._unit.decode(record) for record in records]
         if self._policy.retry is None:
-            return self._up_to_the_undecodable(deliveries, claims)
-        batch = Batch(deliveries, claims)
-        singly = bool(careful or self._unit.handler.external)
-        return self._singly(batch, careful) if singly else self._process(batch)
+            return self._up_to_the_undecodable(records, claims)
+        if careful or self._unit.handler.external:
+            return self._singly(records, claims, careful)
+        return self._process(Batch([self._unit.decode(record) for record in records], claims))
 
-    def _up_to_the_undecodable(self, deliveries: Sequence[Delivery], claims: dict[int, Claim]) -> Outcome:
-        runnable, undecodable = split_undecodable(deliveries)
+    def _up_to_the_undecodable(self, records: Sequence[Record], claims: dict[int, Claim]) -> Outcome:
+        runnable, undecodable = split_undecodable(self._unit.decode(record) for record in records)
         batch = Batch(runnable, claims)
-        outcome = self._singly(batch, ()) if self._unit.handler.external else self._process(batch)
+        if self._unit.handler.external:
+            outcome = self._singly([delivery.record for delivery in runnable], claims, ())
+        else:
+            outcome = self._process(batch)
         if outcome.trouble is None:
             # Only once nothing before it is left: until then its partition has other work to do.
             reached = {p: f for p, f in undecodable.items() if outcome.moved.get(p) == batch.ends.get(p)}
@@ -188,7 +191,8 @@ class Executor:
         if isinstance(error, ParkingFull):
             return _stop(delivery, error, retry_in=_FULL_PAUSE)
         if self._policy.retry is None:
-            return _stop(delivery, error)
+            # Another worker's lease is no failure, and ends by itself.
+            return _stop(delivery, error, max(error.after or 0.0, 0.1) if isinstance(error, InFlight) else None)
         return self._set_aside(batch, delivery, error) if self._policy.parks else self._wait(batch, delivery, error)
 
     def _set_aside(self, batch: Batch, delivery: Delivery, error: Exception) -> Outcome:
@@ -216,20 +220,22 @@ class Executor:
 
     # --- 4. one by one: after a crash, and for handlers that call outside ---
 
-    def _singly(self, batch: Batch, careful: Collection[int]) -> Outcome:
+    def _singly(self, records: Sequence[Record], claims: dict[int, Claim], careful: Collection[int]) -> Outcome:
         """One message a transaction; after a crash each attempt is counted before it is made.
 
-        A handler that ends its process (os._exit, a segfault) leaves no exception behind, only this count. It charges
-        nobody but the message in flight: in a batch, the innocent ones would be charged along.
+        A handler or a codec that ends its process (os._exit, a segfault) leaves no exception behind, only this count.
+        It charges nobody but the message in flight: in a batch, the innocent ones would be charged along.
         """
-        total = Outcome()
-        for delivery in batch.deliveries:
-            partition = delivery.record.partition
+        total, every = Outcome(), Batch((), claims)
+        for record in records:
             if total.trouble is not None or (total.moved and self._out_of_time()):
                 break
-            if not total.stops(partition):
-                one = batch.only([delivery], total.moved)
-                total.add(self._charged(one) if partition in careful else self._called(one))
+            if total.stops(record.partition):
+                continue
+            fearful = record.partition in careful
+            delivery = self._unit.unread(record) if fearful else self._unit.decode(record)
+            one = every.only([delivery], total.moved)
+            total.add(self._charged(one) if fearful else self._called(one))
         return total
 
     def _called(self, batch: Batch) -> Outcome:
@@ -260,9 +266,8 @@ class Executor:
         outcome = self._charge(batch, delivery) if delivery.place not in self._charges else Outcome()
         if outcome.trouble is not None or outcome.fenced:
             return outcome
-        delivery = delivery.counted(*self._charges[delivery.place])
-        died = died_too_often(self._policy.retry, delivery)
-        outcome = self._called(batch.only([delivery.failed(died) if died else delivery], {}))
+        delivery = read_or_died(self._unit, delivery.record, *self._charges[delivery.place])
+        outcome = self._called(batch.only([delivery], {}))
         if outcome.trouble is None:
             # Otherwise the same attempt goes on: this process lives, and a conflict is nobody's crash.
             self._charges.pop(delivery.place)
@@ -282,23 +287,29 @@ class Executor:
         return outcome
 
     def _counted(self, connection: Connection, first: list[Delivery]) -> list[Delivery]:
-        """With what is known of earlier attempts: they were made in this place."""
-        if not first or first[0].attempts:
-            return first
-        counts = self._attempts.counts(connection, self._unit.stream, first[0].record)
-        return [first[0].counted(*counts), *first[1:]]
+        """With what is known of earlier attempts: they were made in this place, so at the first of a partition."""
+        counted: list[Delivery] = []
+        seen: set[int] = set()
+        for delivery in first:
+            if delivery.record.partition not in seen and not delivery.attempts:
+                attempts, _ = self._attempts.counts(connection, self._unit.stream, delivery.record)
+                # The crash that is counted before an attempt is not known to be one.
+                delivery = delivery.counted(attempts, delivery.crashes)  # noqa: PLW2901
+            seen.add(delivery.record.partition)
+            counted.append(delivery)
+        return counted
 
     def _forget_attempts(self, connection: Connection, done: Batch) -> None:
         if self._policy.ordering == "partition" or self._charges:
             self._attempts.clear(connection, self._unit.stream, [delivery.record for delivery in done.deliveries])
 
 
-def died_too_often(retry: Retry | None, delivery: Delivery) -> ProcessDied | None:
-    """Why a message is not run again that was in flight each time its process died."""
-    limit = (retry or Retry()).crashes
-    if delivery.crashes < limit:
-        return None
-    return ProcessDied(f"{delivery.record} was in flight {delivery.crashes} times when its process died.")
+def read_or_died(unit: Unit, record: Record, attempts: int, crashes: int) -> Delivery:
+    """The message with what is known of earlier attempts; not even decoded if its process died of it too often."""
+    if crashes < (unit.handler.policy.retry or Retry()).crashes:
+        return unit.decode(record).counted(attempts, crashes)
+    died = ProcessDied(f"{record} was in flight {crashes} times when its process died.")
+    return unit.unread(record).failed(died).counted(attempts, crashes)
 
 
 def _stop(delivery: Delivery, error: Exception, retry_in: float | None = None) -> Outcome:

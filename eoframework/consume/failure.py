@@ -7,6 +7,7 @@ failed ─┬─ attempts left ──> parked in its lane ── due ──> run
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -64,6 +65,7 @@ class Failures:
         self._text = text
         self._tally = Tally(handler.policy.breaker)
         self._run_unknown = True
+        self._succeeded_at = -math.inf
         self._room = 0
         self._room_known_until = 0.0
         self._news: list[Callable[[], None]] = []
@@ -96,18 +98,19 @@ class Failures:
         `behind`: what has to wait for something of an earlier batch. Raises ParkingFull, FailClosed (the breaker).
         """
         verdicts = [(delivery, self.judge(delivery, error_of(delivery))) for delivery in walk.fallen]
-        waiting = [
-            self._waiting(delivery, verdict) for delivery, verdict in verdicts if not isinstance(verdict, GiveUp)
-        ]
+        failing = [(delivery, verdict) for delivery, verdict in verdicts if not isinstance(verdict, GiveUp)]
+        waiting = [self._waiting(delivery, verdict) for delivery, verdict in failing]
         waiting += [Waiting(Parked(d.lane[1], d.record), d.id) for d in (*behind, *walk.behind)]
         dying = [(delivery, verdict) for delivery, verdict in verdicts if isinstance(verdict, GiveUp)]
-        self._park(connection, waiting)
-        # Only what was done keeps its id: what waits must not be a duplicate of itself when its time comes.
-        recorded = {w.message_id for w in waiting} - {d.id for d in behind}
-        self._stores.processed.forget(connection, self._stream.consumer_id, {i for i in recorded if i is not None})
         published = self._bury(connection, dying, ran=walk.ran)
         held = [Parked(d.lane[1], d.record) for d, _ in dying if self._policy.after_dead == "hold"]
+        # Before what waits behind them: a lane is there before the first message in it.
         self._stores.parking.hold(connection, self._stream, held)
+        self._park(connection, waiting)
+        # Only what was done keeps its id: what waits must not be a duplicate of itself when its time comes. The ids of
+        # `behind` were not recorded; but the same id may have been, for a message of another key.
+        recorded = {d.id for d in (*(delivery for delivery, _ in failing), *walk.behind)}
+        self._stores.processed.forget(connection, self._stream.consumer_id, {i for i in recorded if i is not None})
         return Outcome(messages=len(walk.ran), parked=len(waiting), dead=len(dying)), published
 
     def settle_parked(
@@ -128,7 +131,9 @@ class Failures:
         if ids and not self._stores.processed.claim(connection, self._stream.consumer_id, ids):
             parking.remove(connection, self._stream, parked)
             return Outcome(duplicates=1), []
-        published = self._bury(connection, [(delivery.failed(error), verdict)], ran=[])
+        # What has succeeded since it first failed came between it and those that died before.
+        between = self._succeeded_at > clock.monotonic() - parked.age
+        published = self._bury(connection, [(delivery.failed(error), verdict)], ran=[], between=between)
         parking.remove(connection, self._stream, parked, hold=self._policy.after_dead == "hold")
         return Outcome(dead=1), published
 
@@ -160,10 +165,9 @@ class Failures:
         self._room -= outcome.parked
         self._tally.done(outcome.messages)
         self._tally.died(outcome.dead)
-        if outcome.messages and not outcome.dead:
-            self._run_unknown = False
-        elif outcome.dead:
-            self._run_unknown = True
+        if outcome.messages:
+            self._succeeded_at = clock.monotonic()
+            self._run_unknown = self._run_unknown and bool(outcome.dead)
 
     def end_run(self, connection: Connection, outcome: Outcome) -> None:
         """A success ends a run of dead letters; costs a statement only if there may have been one."""
@@ -194,18 +198,25 @@ class Failures:
         self._stores.parking.park(connection, self._stream, waiting)
 
     def _bury(
-        self, connection: Connection, dying: Sequence[tuple[Delivery, GiveUp]], *, ran: Sequence[Delivery]
+        self,
+        connection: Connection,
+        dying: Sequence[tuple[Delivery, GiveUp]],
+        *,
+        ran: Sequence[Delivery],
+        between: bool = False,
     ) -> list[OutboxMessage]:
         if not dying:
             return []
         letters, consumer_id = self._stores.dead_letters, self._stream.consumer_id
         dead = {delivery.place for delivery, _ in dying}
         in_order = sorted(dead | {delivery.place for delivery in ran})
-        longest, run = streaks(letters.run(connection, consumer_id), [place in dead for place in in_order])
+        before = letters.run(connection, consumer_id)
+        longest, run = streaks(0 if between else before, [place in dead for place in in_order])
         refusal = self._tally.refuses(run=longest, dying=len(dying))
         if refusal is not None:
             raise self._tripped(dying[-1][0], refusal)
         letters.set_run(connection, consumer_id, run)
+        self._run_unknown = True  # also if it is in doubt whether this was committed
         return [message for delivery, verdict in dying for message in self._bury_one(connection, delivery, verdict)]
 
     def _tripped(self, delivery: Delivery, refusal: str) -> FailClosed:
@@ -243,7 +254,7 @@ class Failures:
         headers = tuple((name, value.encode()) for name, value in told.items())
         return OutboxMessage(
             id=new_id(),
-            topic=f"{self._handler.group}.dlt",
+            topic=self._handler.dead_letter_topic or "",
             key=record.key,
             payload=record.value,
             type="eoframework.dead-letter",

@@ -23,6 +23,7 @@ from eoframework.db.processed import ProcessedMessages
 from eoframework.db.session import Connection
 from eoframework.db.unit_of_work import WorkerConnection
 from eoframework.errors import ConfigurationError, DecodeError, FailClosed, Fenced, LostConnection, Retryable
+from eoframework.failures import words
 from eoframework.handlers import Handler
 from eoframework.keys import lane_of_key
 from eoframework.message import OutboxMessage, Record, position_id
@@ -61,7 +62,6 @@ class Unit:
 
     def decode(self, record: Record) -> Delivery:
         """The message, or why there is none: a record that cannot be decoded fails alone, not its batch."""
-        lane = (record.partition, self._lane(record))
         try:
             if record.unreadable:
                 raise DecodeError(f"{record}: {record.unreadable}.")
@@ -69,8 +69,12 @@ class Unit:
         except Exception as error:  # noqa: BLE001 - a codec may raise anything; it is this record's failure alone
             if not isinstance(error, DecodeError):
                 error = _decode_error(record, error)
-            return Delivery(record, lane, incoming_id(record.headers, topic=record.topic), error=error)
-        return Delivery(record, lane, message.id, message)
+            return self.unread(record).failed(error)
+        return Delivery(record, (record.partition, self._lane(record)), message.id, message)
+
+    def unread(self, record: Record) -> Delivery:
+        """The record as it came, without a look at what it says: a codec may end the process like any handler."""
+        return Delivery(record, (record.partition, self._lane(record)), incoming_id(record.headers, topic=record.topic))
 
     def attempt(self, what: str, work: Callable[[Connection], Outcome]) -> Outcome:
         """Do `work` in one transaction; the one place that turns what happened into an outcome."""
@@ -82,7 +86,7 @@ class Unit:
         except Fence as fence:
             return Outcome(fenced=fence.partitions)
         except Culprits as culprits:
-            return Outcome(error=culprits, culprits=culprits.errors)
+            return Outcome(error=next(iter(culprits.errors.values())), culprits=culprits.errors)
         except Retryable as trouble:
             return Outcome(trouble=trouble)
         except (ConfigurationError, FailClosed):
@@ -155,11 +159,11 @@ class Unit:
         trouble = passing_trouble(cause, self.handler.group)
         if trouble is None and self.connection.status() is None:
             # Whatever the handler made of it: without its connection it could not have succeeded.
-            trouble = LostConnection(f"{self.handler.group}: the connection to PostgreSQL was lost ({cause}).")
+            trouble = LostConnection(f"{self.handler.group}: the connection to PostgreSQL was lost ({words(cause)}).")
         return Outcome(trouble=trouble) if trouble is not None else Outcome(error=cause)
 
 
 def _decode_error(record: Record, error: Exception) -> DecodeError:
-    wrapped = DecodeError(f"{record}: {type(error).__name__}: {error}.")
+    wrapped = DecodeError(f"{record}: {type(error).__name__}: {words(error)}.")
     wrapped.__cause__ = error
     return wrapped

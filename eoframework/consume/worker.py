@@ -181,10 +181,8 @@ class ConsumeWorker:
             raise
 
     def _patience(self) -> float:
-        if self._drain.busy:
-            return 0.0
-        waiting = self._ownership.waiting or self._retry_at or self._drain.pending
-        return min(self._settings.max_wait, 0.1) if waiting else self._settings.max_wait
+        longest = 0.1 if self._ownership.waiting or self._retry_at else self._settings.max_wait
+        return min(longest, self._settings.max_wait, self._drain.patience())
 
     def _release_left(self) -> None:
         try:

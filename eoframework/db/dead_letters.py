@@ -13,14 +13,17 @@ from eoframework.failures import Cause, Parked
 from eoframework.message import position_id
 from eoframework.schema import Schema
 
-# The time of the first failure is where the attempts were counted: in its lane, or in its place.
+# The time of the first failure is where the attempts were counted: in its lane, or in its place. A producer may write
+# any 64 bits as the timestamp, and this must not fail of it. A message without an id that `eo position set` sent
+# through again may die once more: it is still one dead letter.
 _BURY = """
 INSERT INTO {eo}.dead_letter (origin, consumer_id, topic_id, partition, "offset", lane, message_id, has_id, topic, key,
     payload, headers, timestamp, unreadable, created_at, attempts, crashes, first_failed_at, last_failed_at,
     cause, error_class, fingerprint, error, traceback, holds)
 SELECT 'handler', %(consumer_id)s, %(topic_id)s, %(partition)s, %(offset)s, %(lane)s, %(message_id)s, %(has_id)s,
     %(topic)s, %(key)s, %(payload)s, %(headers)s::json, %(timestamp)s, %(unreadable)s,
-    CASE WHEN %(timestamp)s >= 0 THEN to_timestamp(%(timestamp)s / 1000.0) ELSE clock_timestamp() END,
+    CASE WHEN %(timestamp)s BETWEEN 0 AND 253402300799000 THEN to_timestamp(%(timestamp)s / 1000.0)
+        ELSE clock_timestamp() END,
     %(attempts)s, %(crashes)s, coalesce(
         (SELECT m.first_failed_at FROM {eo}.parked_message m WHERE m.consumer_id = %(consumer_id)s
             AND m.topic_id = %(topic_id)s AND m.partition = %(partition)s AND m.lane = %(lane)s
@@ -29,6 +32,10 @@ SELECT 'handler', %(consumer_id)s, %(topic_id)s, %(partition)s, %(offset)s, %(la
             AND a.topic_id = %(topic_id)s AND a.partition = %(partition)s AND a."offset" = %(offset)s),
         clock_timestamp()), clock_timestamp(),
     %(cause)s, %(error_class)s, %(fingerprint)s, %(error)s, %(traceback)s, %(holds)s
+ON CONFLICT (consumer_id, topic_id, partition, "offset") WHERE origin = 'handler' DO UPDATE
+    SET attempts = excluded.attempts, crashes = excluded.crashes, last_failed_at = excluded.last_failed_at,
+        cause = excluded.cause, error_class = excluded.error_class, fingerprint = excluded.fingerprint,
+        error = excluded.error, traceback = excluded.traceback, holds = excluded.holds
 RETURNING id
 """
 _RUN = "SELECT dead_run FROM {eo}.consumer WHERE id = %(consumer_id)s FOR NO KEY UPDATE"
@@ -56,7 +63,7 @@ class DeadLetters:
         self._set_run = schema.sql(_SET_RUN)
 
     def bury(self, connection: Connection, stream: Stream, dead: Dead) -> int:
-        """Keep the message with its cause; returns the dead letter's number. A second one of the same place fails."""
+        """Keep the message with its cause; returns the dead letter's number: one for each place."""
         record, cause = dead.parked.record, dead.cause
         values = {
             **stream.row(),

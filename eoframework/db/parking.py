@@ -40,6 +40,8 @@ FROM unnest(%(partitions)s::int[], %(lanes)s::uuid[], %(keys)s::bytea[], %(waits
 ON CONFLICT (consumer_id, topic_id, partition, lane) DO UPDATE
     SET due_at = least(k.due_at, excluded.due_at), held = excluded.held
 """
+# ON CONFLICT: after `eo position set` the same records come again while they wait; they wait once.
+# A message that waits already is read again after `eo position set`: it keeps its place.
 _PARK = """
 INSERT INTO {eo}.parked_message (consumer_id, topic_id, partition, lane, "offset", topic, message_id, key, value,
     headers, timestamp, unreadable, attempts, crashes, first_failed_at, last_failed_at,
@@ -52,9 +54,13 @@ FROM unnest(%(partitions)s::int[], %(lanes)s::uuid[], %(offsets)s::bigint[], %(i
     %(crashes)s::int[], %(classes)s::text[], %(fingerprints)s::text[], %(errors)s::text[], %(tracebacks)s::text[])
     AS m(partition, lane, place, id, key, value, headers, timestamp, unreadable, attempts, crashes,
          error_class, fingerprint, error, traceback)
+ON CONFLICT (consumer_id, topic_id, partition, lane, "offset") DO NOTHING
 """
 _COUNT = "SELECT count(*) FROM (SELECT FROM {eo}.parked_message WHERE consumer_id = %(consumer_id)s LIMIT %(limit)s) m"
-_ANY = f"SELECT EXISTS (SELECT FROM {{eo}}.parked_key WHERE {_HERE} AND partition = ANY(%(partitions)s::int[]))"
+_NEXT = f"""
+SELECT extract(epoch FROM min(due_at) - clock_timestamp()) FROM {{eo}}.parked_key
+WHERE {_HERE} AND partition = ANY(%(partitions)s::int[]) AND NOT held
+"""
 _DUE = f"""
 SELECT partition, lane FROM {{eo}}.parked_key
 WHERE {_HERE} AND partition = ANY(%(partitions)s::int[]) AND NOT held AND due_at <= clock_timestamp()
@@ -64,7 +70,8 @@ _LOCK = f"""
 SELECT FROM {{eo}}.parked_key WHERE {_LANE} AND NOT held AND due_at <= clock_timestamp() FOR UPDATE
 """
 _HEAD = f"""
-SELECT lane, topic, partition, "offset", key, value, headers, timestamp, unreadable, attempts, crashes
+SELECT lane, topic, partition, "offset", key, value, headers, timestamp, unreadable, attempts, crashes,
+    coalesce(extract(epoch FROM clock_timestamp() - first_failed_at), 0)::float8
 FROM {{eo}}.parked_message WHERE {_LANE} ORDER BY "offset" LIMIT 1
 """
 _CHARGE = f"""
@@ -134,9 +141,10 @@ class Parking:
         """How many messages of the consumer are parked; counts no further than `limit`."""
         return int(self._all(connection, _COUNT, {"consumer_id": consumer_id, "limit": limit})[0][0])
 
-    def any(self, connection: Connection, stream: Stream, partitions: Collection[int]) -> bool:
-        """Whether anything waits in these partitions, due or not."""
-        return bool(self._all(connection, _ANY, {**stream.key(), "partitions": list(partitions)})[0][0])
+    def next_due(self, connection: Connection, stream: Stream, partitions: Collection[int]) -> float | None:
+        """Seconds until a lane of these partitions is due; None when none waits, or only for a person."""
+        found = self._all(connection, _NEXT, {**stream.key(), "partitions": list(partitions)})[0][0]
+        return float(found) if found is not None else None
 
     def due(self, connection: Connection, stream: Stream, partitions: Collection[int], *, limit: int) -> list[Lane]:
         """Lanes of these partitions whose time has come, those that wait longest first."""
@@ -203,9 +211,10 @@ def _lane(lane: Lane) -> dict[str, object]:
 
 
 def _parked(row: tuple[Any, ...]) -> Parked:
-    lane, topic, partition, offset, key, value, headers, timestamp, unreadable, attempts, crashes = row
+    lane, topic, partition, offset, key, value, headers, timestamp, unreadable, attempts, crashes, age = row
     stored = tuple(decode_headers(headers))
-    return Parked(lane, Record(topic, partition, offset, key, value, stored, timestamp, unreadable), attempts, crashes)
+    record = Record(topic, partition, offset, key, value, stored, timestamp, unreadable)
+    return Parked(lane, record, attempts, crashes, age)
 
 
 def _cause(cause: Cause | None) -> dict[str, object]:
