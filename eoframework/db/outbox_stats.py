@@ -68,5 +68,5 @@ class OutboxStats:
 def read_stats(connection: Connection, schema: Schema, oldest_transaction: tuple[int, float] | None) -> OutboxStats:
     """Counts every row: as many as there are index entries are read."""
     shards = [ShardStats(*row) for row in connection.exec_driver_sql(schema.sql(_SHARDS))]
-    totals = connection.exec_driver_sql(schema.sql(_TOTALS)).one()
-    return OutboxStats(*totals, shards=shards, oldest_transaction=oldest_transaction)
+    due, later, dead, keys, rows = connection.exec_driver_sql(schema.sql(_TOTALS)).one()
+    return OutboxStats(due, later, dead, keys, rows, shards, oldest_transaction)

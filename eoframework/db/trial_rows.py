@@ -122,8 +122,10 @@ class RowWatch:
         return tuple(table for table in found if table.changes or table.note)
 
     def _written(self, row: Any) -> _Table:
-        counts = (now - then for now, then in zip(row[2:5], self._earlier.get(row.relid, (0, 0, 0)), strict=True))
-        return _Table([(name, kind) for name, kind in row.key], row.name, *counts, row.rewritten)
+        earlier = self._earlier.get(row.relid, (0, 0, 0))
+        inserted, updated, deleted = (now - then for now, then in zip(row[2:5], earlier, strict=True))
+        key = [(name, kind) for name, kind in row.key]
+        return _Table(key, row.name, inserted, updated, deleted, row.rewritten)
 
     @contextmanager
     def _before(self, engine: Engine) -> Iterator[Connection]:
