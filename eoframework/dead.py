@@ -93,6 +93,8 @@ class Replayed:
     """Dead letters that wait in their lanes now, in this order."""
     gone: list[int] = field(default_factory=list)
     """Replayed or discarded by somebody else in the meantime."""
+    stopped: bool = False
+    """Whether `stop` was set before the end: say it again for the rest."""
     refused: list[Refusal] = field(default_factory=list)
 
 
@@ -329,6 +331,7 @@ def _replay(
         if rate is not None and done.moved and not dry_run:
             clock.wait(stop, 1 / rate)
         if stop.is_set():
+            done.stopped = True
             break
         try:
             _check(app, letter)

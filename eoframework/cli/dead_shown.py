@@ -184,7 +184,7 @@ def trial_text(letter: DeadLetter, trial: Trial) -> str:
 def replayed_document(done: Replayed, *, dry_run: bool) -> Document:
     """What a replay did, or would."""
     refused = [{"id": refusal.letter.id, "why": str(refusal.why)} for refusal in done.refused]
-    return {"dry_run": dry_run, "replayed": done.moved, "gone": done.gone, "refused": refused}
+    return {"dry_run": dry_run, "replayed": done.moved, "gone": done.gone, "refused": refused, "stopped": done.stopped}
 
 
 def replayed_text(done: Replayed, *, dry_run: bool) -> str:
@@ -193,6 +193,8 @@ def replayed_text(done: Replayed, *, dry_run: bool) -> str:
     lines = [f"{len(done.moved)} dead letters {verb}"]
     if done.gone:
         lines.append(f"{len(done.gone)} were replayed or discarded by somebody else meanwhile")
+    if done.stopped:
+        lines.append("stopped before the end; say it again for the rest")
     lines += [f"left as it is: {refusal.why}" for refusal in done.refused]
     return "\n".join(lines)
 

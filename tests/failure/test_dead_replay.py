@@ -139,9 +139,11 @@ def test_a_rate_is_a_pause_that_can_be_ended(graveyard: Graveyard, app: App) -> 
     numbers = [graveyard.bury(5), graveyard.bury(6)]
     stop = threading.Event()
     unsubscribe = events.subscribe(lambda name, _: stop.set() if name == "replay.moved" else None)
-    assert dead.replay(app, numbers, rate=0.001, stop=stop).moved == numbers[:1]
+    first = dead.replay(app, numbers, rate=0.001, stop=stop)
+    assert (first.moved, first.stopped) == (numbers[:1], True)
     unsubscribe()
-    assert dead.replay(app, numbers[1:], rate=1000).moved == numbers[1:]
+    rest = dead.replay(app, numbers[1:], rate=1000)
+    assert (rest.moved, rest.stopped) == (numbers[1:], False)
 
 
 # --- at once, and twice ---
