@@ -112,7 +112,7 @@ def test_relay_killed_around_a_number_used_again(rig: Rig, point: str) -> None:
 @pytest.mark.parametrize("verb", ["retry", "discard"])
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_command_killed_and_said_again(rig: Rig, verb: str, moment: str) -> None:
-    """Seen to fail ("before": a letter less, and no row) with `put_back` in autocommit."""
+    """Seen to fail ("before": the letter is gone and its key open already) with `put_back` in autocommit."""
     first, large, later = publish(rig)
     drain(rig)
     widen(rig)

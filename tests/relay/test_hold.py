@@ -215,7 +215,7 @@ def test_around_the_limit_each_row_is_sent_or_dead(rig: Rig, narrow: str) -> Non
 
 
 def test_a_cause_of_any_kind_can_be_stored(rig: Rig) -> None:
-    """Seen to fail (PostgreSQL refuses NUL, so the row is tried for ever) without `clean` in db/pending.py."""
+    """Seen to fail (the burial raises, so the row would be tried for ever) without `clean` in db/pending.py."""
     rig.publish(1)
     shards = Shards(rig.database, rig.settings)
     rows = PendingRows(shards)
