@@ -15,6 +15,7 @@ from typing import Any, Literal
 from sqlalchemy import Connection, CursorResult, Engine, exc
 
 from eoframework.db.faults import sqlstate_of
+from eoframework.errors import ConfigurationError
 
 ChangeKind = Literal["insert", "update", "delete", "write"]
 Row = Mapping[str, Any]
@@ -46,8 +47,9 @@ _OLD = "SELECT to_json(t) FROM ONLY {table} t WHERE {match}"
 _SUSPECTS = "SELECT to_json(t), {key} FROM ONLY {table} t WHERE t.xmax <> '0'::xid"
 _STILL_THERE = "SELECT EXISTS (SELECT FROM ONLY {table} t WHERE {match})"
 
+_NOT_ALLOWED = "42501"
 _UNREADABLE = {
-    "42501": "the database role may not read it",
+    _NOT_ALLOWED: "the database role may not read it",
     "42P01": "it was not there before",
     "55P03": "it is locked as a whole (TRUNCATE, or a change of its definition)",
     "57014": "it is too large to be searched within EO_STATEMENT_TIMEOUT",
@@ -103,12 +105,28 @@ class RowWatch:
     """Compares inside one REPEATABLE READ transaction; nothing of it is ever committed."""
 
     def __init__(self, connection: Connection, *, limit: int) -> None:
-        """Must be the first user of the transaction: what was written before it would count as the handler's."""
+        """Must be the first user of the transaction: what was written before it would count as the handler's.
+
+        Raises ConfigurationError when the server or the role does not allow it.
+        """
+        if connection.exec_driver_sql("SHOW track_counts").scalar_one() != "on":
+            raise ConfigurationError(
+                "PostgreSQL's track_counts is off: nobody could tell which tables a handler writes.",
+                remedy="Switch it on, as it is by default.",
+            )
         self._limit = limit
         self._connection = connection
         self._earlier = {row[0]: row[1:] for row in connection.exec_driver_sql(_COUNTS)}
         self._snapshot = str(connection.exec_driver_sql("SELECT pg_export_snapshot()").scalar_one())
-        _script(connection, _GUARD)
+        try:
+            _script(connection, _GUARD)
+        except exc.ProgrammingError as error:
+            if sqlstate_of(error) != _NOT_ALLOWED:
+                raise
+            raise ConfigurationError(
+                "the database role may not create temporary tables; one of them keeps a trial from being committed.",
+                remedy="As owner: GRANT TEMPORARY ON DATABASE name TO role;",
+            ) from error
 
     def check_constraints(self) -> None:
         """Check deferred constraints as a COMMIT would; the lock on COMMIT is gone then."""

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import threading
+import uuid
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from sqlalchemy import NullPool, create_engine
 
 from eoframework import App, External, ExternalCall, Message, Topic, Tx, dead
 from eoframework.db.session import Database
@@ -241,3 +244,45 @@ def test_what_cannot_be_tried(graveyard: Graveyard, app: App, settings: Settings
 
 def lambda_free(order: Order) -> None:
     """A handler that does nothing."""
+
+
+@pytest.fixture
+def role(graveyard: Graveyard) -> Iterator[str]:
+    """A role that may do what the handler needs, and little else."""
+    name = f"eo_role_{uuid.uuid4().hex[:12]}"
+    database = graveyard.database.engine.url.database
+    graveyard.execute(
+        f"CREATE ROLE {name} LOGIN PASSWORD 'pw_{name}'; GRANT USAGE ON SCHEMA eo, public TO {name};"
+        f"ALTER ROLE {name} SET search_path = eo, public;"
+        f"GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA eo TO {name};"
+        f"GRANT SELECT, UPDATE ON account TO {name};"
+        f"REVOKE ALL ON journal FROM {name}; GRANT INSERT ON journal TO {name};"
+        f"REVOKE TEMPORARY ON DATABASE {database} FROM PUBLIC; GRANT TEMPORARY ON DATABASE {database} TO {name}"
+    )
+    yield name
+    graveyard.execute(f"DROP OWNED BY {name}; DROP ROLE {name}")
+
+
+def test_a_role_with_few_rights_can_try(graveyard: Graveyard, settings: Settings, role: str) -> None:
+    database = graveyard.database
+    engine = create_engine(database.engine.url.set(username=role, password=f"pw_{role}"), poolclass=NullPool)
+    app = rebuilt(dead_shop.app, settings, Database(engine, database.schema))
+    do = "UPDATE account SET balance = 9 WHERE id = 1;INSERT INTO journal VALUES ('x')"
+    trial = attempt(graveyard, app, do)
+    assert trial.error is None
+    assert [(len(table.changes), table.note) for table in trial.tables] == [
+        (1, ""),
+        (0, "the database role may not read it; 1 inserts, 0 updates, 0 deletes"),
+    ]
+    graveyard.execute(f"REVOKE TEMPORARY ON DATABASE {database.engine.url.database} FROM {role}")
+    number = dead.letters(database).items[0].id
+    with pytest.raises(ConfigurationError, match=r"may not create temporary tables.*GRANT TEMPORARY"):
+        dead.try_letter(app, number)
+
+
+def test_a_server_that_counts_nothing_is_refused(graveyard: Graveyard, settings: Settings, database: Database) -> None:
+    """Seen to fail without the question: the trial said that nothing would change."""
+    engine = create_engine(database.engine.url, connect_args={"options": "-c track_counts=off"}, poolclass=NullPool)
+    app = rebuilt(dead_shop.app, settings, Database(engine, database.schema))
+    with pytest.raises(ConfigurationError, match="track_counts is off"):
+        dead.try_letter(app, graveyard.bury(5, do="UPDATE account SET balance = 9"))
