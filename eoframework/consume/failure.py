@@ -300,5 +300,9 @@ def error_of(delivery: Delivery) -> Exception:
 
 
 def _original(headers: Headers) -> Headers:
-    # Names that are ours to write would be read as those of the dead letter's own message.
-    return tuple((f"eo-original-{name}" if is_reserved(name) else name, value) for name, value in headers)
+    # Names that are ours to write would be read as those of the dead letter's own message: also when what died was read
+    # from a topic of dead letters.
+    def ours(name: str) -> bool:
+        return is_reserved(name) or name.lower().startswith("eo-dlt-")
+
+    return tuple((f"eo-original-{name}" if ours(name) else name, value) for name, value in headers)
