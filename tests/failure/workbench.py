@@ -34,7 +34,7 @@ class Echo(BaseModel):
 entries: Topic[Entry] = Topic("bench", Entry)
 echoes: Topic[Echo] = Topic("echoes", Echo)
 
-Trouble = Exception | Callable[[Message[Entry], Tx], None]
+Trouble = Exception | Callable[[Message[Entry], Tx], object]
 
 
 class Bench:
