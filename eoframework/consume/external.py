@@ -178,7 +178,7 @@ class ExternalCalls:
         return CallUnresolved(
             f"{what} may have happened; nobody knows.{seen}",
             remedy=f"Find out, then: eo external resolve {standing.id} --result JSON (it did), or --not-done (it did "
-            "not), and replay the message: eo dead replay",
+            "not), and replay the message: eo dead replay MODULE:APP ID",
         )
 
     def _identity(self, message: Message[object]) -> UUID:

@@ -34,7 +34,7 @@ class Till:
         self._process.wait(10)
 
     def log(self) -> list[dict[str, Any]]:
-        """Every request: key, attempt, fence, charge (the number of the charge it got)."""
+        """Every request: key, attempt, fence, n, charge (the number of the charge it got)."""
         return list(_answer(Request(f"{self.url}/log")))
 
     def charges(self) -> int:
@@ -42,9 +42,9 @@ class Till:
         return len({entry["charge"] for entry in self.log()})
 
 
-def charge(url: str, *, key: str, attempt: int, fence: int, honour: bool = True) -> dict[str, Any]:
+def charge(url: str, *, key: str, attempt: int, fence: int, n: int = 0, honour: bool = True) -> dict[str, Any]:
     """What an application would write: one POST with a timeout."""
-    body = json.dumps({"attempt": attempt, "fence": fence}).encode()
+    body = json.dumps({"attempt": attempt, "fence": fence, "n": n}).encode()
     request = Request(f"{url}/charge?honour={int(honour)}", body, {"Idempotency-Key": key}, method="POST")
     return dict(_answer(request))
 
