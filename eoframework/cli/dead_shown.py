@@ -101,6 +101,7 @@ def lane_document(lane: ParkedLane) -> Document:
         "key": legible(lane.key),
         "lane": str(lane.lane),
         "state": lane.state,
+        "held_by": lane.held_by,
         "due_at": _iso(lane.due_at),
         "since": _iso(lane.since),
         "messages": lane.messages,
@@ -116,6 +117,7 @@ def lane_line(lane: ParkedLane) -> str:
     """A lane in one line."""
     key = "(no key)" if lane.key is None else f"key {_short(lane.key)}"
     due = f"until {lane.due_at.isoformat(timespec='seconds')}" if lane.state == "waiting" else ""
+    due = f"for dead letter {lane.held_by}" if lane.state == "held" else due
     first = (
         f", first {lane.topic}[{lane.partition}]@{lane.offset} after {lane.attempts} attempts" if lane.messages else ""
     )

@@ -18,7 +18,7 @@ LaneState = Literal["held", "due", "waiting"]
 
 _COLUMNS = {
     **dict.fromkeys(("handler", "app"), "c.name"),
-    "topic": "coalesce(h.topic, '')",
+    "topic": "t.topic",
     "key": "k.key",
     "error": "coalesce(h.error_class, '')",
     "fingerprint": "coalesce(h.fingerprint, '')",
@@ -28,11 +28,15 @@ _LANES = """
 SELECT k.consumer_id, k.topic_id, k.partition, k.lane, c.name, k.key, k.due_at, k.held,
     k.due_at <= clock_timestamp(), k.since, (SELECT count(*) FROM {eo}.parked_message m WHERE
         (m.consumer_id, m.topic_id, m.partition, m.lane) = (k.consumer_id, k.topic_id, k.partition, k.lane)),
-    h.topic, h."offset", h.attempts, h.crashes, h.error_class, h.fingerprint
+    t.topic, h."offset", h.attempts, h.crashes, h.error_class, h.fingerprint,
+    (SELECT min(d.id) FROM {eo}.dead_letter d WHERE k.held AND d.holds AND d.origin = 'handler' AND
+        (d.consumer_id, d.topic_id, d.partition, d.lane) = (k.consumer_id, k.topic_id, k.partition, k.lane))
 FROM {eo}.parked_key k JOIN {eo}.consumer c ON c.id = k.consumer_id
 LEFT JOIN LATERAL (SELECT * FROM {eo}.parked_message m WHERE
     (m.consumer_id, m.topic_id, m.partition, m.lane) = (k.consumer_id, k.topic_id, k.partition, k.lane)
     ORDER BY m."offset" LIMIT 1) h ON true
+CROSS JOIN LATERAL (SELECT coalesce(h.topic, (SELECT p.topic FROM {eo}.position p
+    WHERE p.consumer_id = k.consumer_id AND p.topic_id = k.topic_id LIMIT 1), '') AS topic) t
 WHERE {conditions} ORDER BY k.consumer_id, k.topic_id, k.partition, k.lane LIMIT %(limit)s
 """
 _AFTER = " AND (k.consumer_id, k.topic_id, k.partition, k.lane) > (%(c)s, %(t)s::uuid, %(p)s, %(l)s::uuid)"
@@ -60,12 +64,14 @@ class ParkedLane:
     overdue: bool
     since: datetime
     messages: int
-    topic: str | None
+    topic: str
     offset: int | None
     attempts: int | None
     crashes: int | None
     error_class: str | None
     fingerprint: str | None
+    held_by: int | None
+    """The dead letter that a person has to decide about."""
 
     @property
     def state(self) -> LaneState:

@@ -43,9 +43,15 @@ ORDER BY name
 # age() counts from our own number, so it is 0 or less for what is ours; far below 0 are numbers of the last turn.
 _NEW = "SELECT to_json(t), {key} FROM ONLY {table} t WHERE age(t.xmin) BETWEEN -10000000 AND 0 LIMIT %(limit)s"
 _OLD = "SELECT to_json(t) FROM ONLY {table} t WHERE {match}"
-# A deleted row's old version carries its deleter in xmax; so does one that was only locked, by anybody, at any time.
+# A deleted row's old version carries its deleter in xmax; so does one that was only locked. Where others have it locked
+# too, xmax is a number of another kind: then it is one among all that anybody ever locked.
+_OURS = "SELECT to_json(t), {key} FROM ONLY {table} t WHERE age(t.xmax) BETWEEN -10000000 AND 0"
 _SUSPECTS = "SELECT to_json(t), {key} FROM ONLY {table} t WHERE t.xmax <> '0'::xid"
+_ALL = "SELECT to_json(t), {key} FROM ONLY {table} t"
 _STILL_THERE = "SELECT EXISTS (SELECT FROM ONLY {table} t WHERE {match})"
+
+# Each costs a round trip.
+_SEARCH = 10_000
 
 _NOT_ALLOWED = "42501"
 _UNREADABLE = {
@@ -99,6 +105,12 @@ class _Table:
         for mark, text in names.items():
             template = template.replace(mark, text)
         return template
+
+
+@dataclass(frozen=True, slots=True)
+class _Gone:
+    changes: list[RowChange]
+    searched_all: bool
 
 
 class RowWatch:
@@ -171,25 +183,36 @@ class RowWatch:
         if not table.key:
             return self._without_key(table, fresh)
         changes = [_changed(_first(before, table, row[1:]), row[0]) for row in fresh]
-        created = sum(change.kind == "insert" for change in changes)
         # A changed primary key is a row that is gone and one that is new.
-        if table.deleted or table.rewritten or created > table.inserted:
-            changes += self._gone(table, before)
-        real = [change for change in changes if change.before != change.after]
-        return TableChanges(table.name, tuple(real[: self._limit]), more=len(real) > self._limit)
+        rekeyed = max(0, sum(change.kind == "insert" for change in changes) - table.inserted)
+        gone = _Gone([], searched_all=True)
+        if table.deleted or table.rewritten or rekeyed:
+            gone = self._gone(table, before, expected=table.deleted + rekeyed)
+        real = [change for change in (*changes, *gone.changes) if change.before != change.after]
+        note = "" if gone.searched_all else f"{table.deleted} rows were deleted; the others of them were not found"
+        return TableChanges(table.name, tuple(real[: self._limit]), more=len(real) > self._limit, note=note)
 
-    def _gone(self, table: _Table, before: Connection) -> list[RowChange]:
-        gone: list[RowChange] = []
-        streamed = {"stream_results": True, "max_row_buffer": 500}
-        sql = table.sql(_ALL if table.rewritten else _SUSPECTS)
-        with before.exec_driver_sql(sql, {}, execution_options=streamed) as suspects:
-            for row in suspects:
-                values = _key(row[1:])
-                if not self._connection.exec_driver_sql(table.sql(_STILL_THERE), values).scalar_one():
-                    gone.append(RowChange("delete", row[0], None))
-                if len(gone) > self._limit or len(gone) == table.deleted + table.updated > 0:
-                    break
-        return gone
+    def _gone(self, table: _Table, before: Connection, *, expected: int) -> _Gone:
+        """The rows that are not there any more. A row made and deleted in this transaction was expected in vain."""
+        searches = (_ALL,) if table.rewritten else (_OURS, _SUSPECTS)
+        gone: dict[tuple[str, ...], RowChange] = {}
+        searched = 0
+        for search in searches:
+            searched = 0
+            streamed = {"stream_results": True, "max_row_buffer": 500}
+            with before.exec_driver_sql(table.sql(search), {}, execution_options=streamed) as suspects:
+                for row in suspects:
+                    key, searched = tuple(row[1:]), searched + 1
+                    if key not in gone and not self._is_there(table, key):
+                        gone[key] = RowChange("delete", row[0], None)
+                    if len(gone) in (expected, self._limit + 1):
+                        return _Gone([*gone.values()], searched_all=True)
+                    if searched == _SEARCH:
+                        break
+        return _Gone([*gone.values()], searched_all=searched < _SEARCH)
+
+    def _is_there(self, table: _Table, key: Sequence[str]) -> bool:
+        return bool(self._connection.exec_driver_sql(table.sql(_STILL_THERE), _key(key)).scalar_one())
 
     def _without_key(self, table: _Table, fresh: Sequence[Any]) -> TableChanges:
         only_new = not (table.updated or table.deleted or table.rewritten)
@@ -199,9 +222,6 @@ class RowWatch:
         )
         changes = tuple(RowChange(kind, None, row[0]) for row in fresh[: self._limit])
         return TableChanges(table.name, changes, more=len(fresh) > self._limit, note=note)
-
-
-_ALL = _SUSPECTS.partition(" WHERE")[0]
 
 
 def _first(before: Connection, table: _Table, key: Sequence[str]) -> Row | None:

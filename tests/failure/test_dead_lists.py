@@ -94,7 +94,7 @@ def test_lanes_and_what_waits_in_them(graveyard: Graveyard, database: Database) 
     graveyard.park(6, key=b"waiting")
     graveyard.park(7, key=b"due", wait=0)
     graveyard.park(8, key=None, wait=3600, partition=1)
-    graveyard.bury(9, key=b"held", holds=True)
+    holder = graveyard.bury(9, key=b"held", holds=True)
     seen: list[dead.ParkedLane] = []
     after: str | None = None
     for _ in range(4):
@@ -109,6 +109,7 @@ def test_lanes_and_what_waits_in_them(graveyard: Graveyard, database: Database) 
         None: ("waiting", 1, 8, "builtins.KeyError"),
         b"held": ("held", 0, None, None),
     }
+    assert [(lane.key, lane.topic) for lane in seen if lane.held_by == holder] == [(b"held", "dead.orders")]
     lane = next(lane for lane in seen if lane.key == b"waiting")
     first = dead.waiting(database, lane, limit=1)
     assert [(m.record.offset, m.attempts) for m in first.items] == [(5, 1)]

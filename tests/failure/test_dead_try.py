@@ -134,6 +134,20 @@ def test_what_others_commit_meanwhile_is_not_taken_for_ours(graveyard: Graveyard
     assert changes(trials[0]) == {"account": [("update", account(1, 100, "first"), account(1, 0, "first"))]}
 
 
+def test_a_row_that_was_locked_before_it_was_deleted_is_found(graveyard: Graveyard, app: App) -> None:
+    """Seen to fail without the second search: the lock and the savepoint's number hide behind a number for both."""
+    trial = attempt(graveyard, app, "SELECT * FROM basket FOR UPDATE;SAVEPOINT a;DELETE FROM basket;RELEASE a")
+    gone = changes(trial)["basket"]
+    assert sorted((kind, before["id"]) for kind, before, _ in gone) == [("delete", 10), ("delete", 11), ("delete", 12)]
+
+
+def test_a_row_that_others_have_locked_is_compared(graveyard: Graveyard, app: App) -> None:
+    with graveyard.database.begin("another transaction") as other:
+        other.exec_driver_sql("SELECT * FROM account FOR KEY SHARE")
+        trial = attempt(graveyard, app, "UPDATE account SET note = 'x' WHERE id = 3")
+    assert changes(trial) == {"account": [("update", account(3, 300, None), account(3, 300, "x"))]}
+
+
 def test_no_primary_key_truncate_and_many_rows(graveyard: Graveyard, app: App) -> None:
     only_new = attempt(graveyard, app, "INSERT INTO journal VALUES ('one')")
     assert changes(only_new) == {"journal": [("insert", None, {"line": "one"})]}
