@@ -39,6 +39,7 @@ Bound = int | datetime | timedelta | Literal["earliest", "latest"]
 """An offset; a time; so long ago; the first offset kept; the end of what is committed."""
 
 _CHUNK = 1000
+_TELL_EVERY = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +93,11 @@ class Plan:
     topic: str
     ranges: tuple[Range, ...]
     counts: Counts = field(default_factory=Counts)
+
+    @property
+    def ends(self) -> dict[int, int]:
+        """Partition -> the offset at which it will have been done."""
+        return {span.partition: span.end for span in self.ranges if span.end > span.start}
 
     def refusal(self) -> FailClosed | None:
         """Why this is not done without `forget`, None if nothing speaks against it."""
@@ -207,7 +213,7 @@ class Reprocess:
         largest = self._handler.max_batch or self._settings.max_batch
         limit = largest if rate is None else max(1, min(largest, int(rate)))
         with self._reader() as reader:
-            next_at = clock.monotonic()
+            next_at = tell_at = clock.monotonic()
             for _, records in _chunks(reader, plan.ranges, limit):
                 clock.wait(stop, max(0.0, next_at - clock.monotonic()))
                 if stop.is_set():
@@ -215,6 +221,9 @@ class Reprocess:
                 next_at = clock.monotonic() + (len(records) / rate if rate is not None else 0.0)
                 rerun.run(records)
                 on_progress(rerun.tally)
+                if clock.monotonic() >= tell_at:
+                    tell_at = clock.monotonic() + _TELL_EVERY
+                    _log.info("%s: reached %s of %s", plan.consumer, rerun.tally.reached, plan.ends)
 
     # --- what there is ---
 

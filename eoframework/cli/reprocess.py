@@ -51,18 +51,20 @@ def command(
     stop = threading.Event()
     with lifecycle.signals(stop):
         job = _job(reference, handler, stop, wait=not no_wait)
-        if job is None:
-            return
-        plan = job.plan(first, last, partitions=partition or ())
-        if dry_run:
-            raise typer.Exit(_show_plan(plan, forget=forget, as_json=as_json))
-        refusal = plan.refusal()
-        if refusal is not None and not forget:
-            raise refusal
-        if not plan.counts.would_run(forget=forget):
-            options.show({"plan": plan.document(forget=forget), "result": None}, _text(plan), as_json=as_json)
-            return
-        confirmed = _confirm(plan, forget=forget, yes=yes, yes_repeat=yes_repeat)
+    if job is None:
+        return
+    # No flag while it counts and asks: Ctrl-C just ends it, nothing has been done.
+    plan = job.plan(first, last, partitions=partition or ())
+    if dry_run:
+        raise typer.Exit(_show_plan(plan, forget=forget, as_json=as_json))
+    refusal = plan.refusal()
+    if refusal is not None and not forget:
+        raise refusal
+    if not plan.counts.would_run(forget=forget):
+        options.show({"plan": plan.document(forget=forget), "result": None}, _text(plan), as_json=as_json)
+        return
+    confirmed = _confirm(plan, forget=forget, yes=yes, yes_repeat=yes_repeat)
+    with lifecycle.signals(stop):
         tally = job.run(plan, forget=forget, confirmed=confirmed, rate=rate, stop=stop)
     document = {"plan": plan.document(forget=forget), "result": tally_document(tally), "finished": not stop.is_set()}
     options.show(document, _result(tally, finished=not stop.is_set()), as_json=as_json)

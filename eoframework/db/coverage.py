@@ -24,11 +24,12 @@ SELECT set_config('statement_timeout', '5s', true), set_config('lock_timeout', '
 """
 # An id bears the time at which its transaction began, and becomes visible when that ends. So what is read after this
 # holds for transactions that began before the oldest one still open: none of those can bring an older id any more. The
-# five seconds: a session shows its transaction a moment after it has begun. Sessions of other roles may not be looked
-# into; they get an hour.
+# margin: a session shows its transaction a moment after it has begun. Sessions of other roles may not be looked into;
+# they get an hour.
+_MARGIN = timedelta(seconds=5)
 _HORIZON = """
 SELECT least(min(a.xact_start), clock_timestamp()
-    - make_interval(hours => bool_or(a.backend_start IS NULL)::int)) - interval '5 seconds'
+    - make_interval(hours => bool_or(a.backend_start IS NULL)::int)) - %(margin)s
 FROM pg_stat_activity a WHERE a.datname = current_database() AND a.usesysid IS NOT NULL
 """
 # Never less than a sample before: a position that was set back has been further, and the ids of that time are older
@@ -100,7 +101,7 @@ def raise_coverage(database: Database, *, older_than: timedelta) -> Covered | No
         if not connection.exec_driver_sql(_PREPARE, {"schema": schema.name}).one()[-1]:
             return None
         # A statement of its own: in one with the sample, the positions would be read before the sessions are.
-        horizon = connection.exec_driver_sql(_HORIZON).scalar_one()
+        horizon = connection.exec_driver_sql(_HORIZON, {"margin": _MARGIN}).scalar_one()
         before = connection.exec_driver_sql(
             "SELECT least(%(horizon)s, clock_timestamp() - make_interval(secs => %(seconds)s))",
             {"horizon": horizon, "seconds": seconds},

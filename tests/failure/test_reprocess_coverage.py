@@ -53,8 +53,12 @@ class Shelf:
 
     def age(self, days: float) -> None:
         """As if the time had passed."""
-        for column_name in ("position_sample SET at = at", "processed_message SET processed_at = processed_at"):
-            self.run(f"UPDATE eo.{column_name} - make_interval(secs => :s)", s=days * 86400)
+        for change in (
+            "position_sample SET at = at",
+            "processed_message SET processed_at = processed_at",
+            "consumer SET created_at = created_at",
+        ):
+            self.run(f"UPDATE eo.{change} - make_interval(secs => :s)", s=days * 86400)
 
     def prune(self, older_than: timedelta = WEEK) -> None:
         assert raise_coverage(self.database, older_than=older_than) is not None
@@ -130,6 +134,7 @@ def test_a_position_set_back_keeps_what_it_had_reached(shelf: Shelf) -> None:
     Seen to fail with `note_reached` removed from PositionAdmin.move, and with `greatest(...)` from the sample: covered
     from 20 on although the ids of 20 to 999 were gone.
     """
+    shelf.run("UPDATE eo.consumer SET created_at = now()")
     shelf.reach(1000)
     desk = PositionAdmin(shelf.database)
     desk.move(desk.lines(CONSUMER)[0], 10)
@@ -192,7 +197,9 @@ def test_a_batch_under_way_is_not_overlooked(shelf: Shelf, monkeypatch: pytest.M
     Seen to fail with `min(a.xact_start)` removed from the horizon: its id was forgotten, and offset 0 counted as
     covered.
     """
-    monkeypatch.setattr(coverage, "RENEW_AFTER", timedelta(0))  # it would cover for transactions of an hour
+    # These would cover for transactions of an hour, and of the seconds that this test takes.
+    monkeypatch.setattr(coverage, "RENEW_AFTER", timedelta(0))
+    monkeypatch.setattr(coverage, "_MARGIN", timedelta(0))
     database = shelf.database
     with database.engine.connect() as batch:
         batch.execute(text("UPDATE eo.position SET next_offset = 10"))

@@ -317,9 +317,11 @@ class TestForget:
         assert past.booked() == [*range(10), *range(2, 10)]
         assert past.again(2, 6).duplicates == 4, "their ids are remembered again"
 
-    def test_a_producers_duplicates_are_repeated_once(self, past: Past) -> None:
+    def test_a_producers_duplicates_are_repeated_once(
+        self, settings: Settings, database: Database, topic_name: str
+    ) -> None:
         """The same id in two batches. Seen to fail with `processed_at < before` removed: booked at both places."""
-        past.settings = past.settings.model_copy(update={"max_batch": 2})
+        past = Past(settings.model_copy(update={"max_batch": 2}), database, topic_name)
         past.send(4)
         past.sent = 0
         past.send(4)
@@ -407,7 +409,7 @@ class TestCallsOutside:
     def test_they_are_made_for_what_runs_the_first_time_and_never_again(
         self, settings: Settings, database: Database, topic_name: str
     ) -> None:
-        """Seen to fail with `_with_stored_results` giving nothing: the repetition had no result to go on with."""
+        """Seen to fail with `_with_stored_results` giving nothing: the repetition had no result and never ended."""
         called: list[int] = []
 
         def charge(message: Message[Entry], call: ExternalCall) -> object:
