@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import threading
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -32,6 +33,7 @@ from eoframework.errors import BatchItemFailed, LostConnection, Reject, Retryabl
 from eoframework.message import Record
 from eoframework.retry import AfterDead, Ordering, Retry, fixed
 from eoframework.settings import Settings
+from tests.processes import eventually
 
 TOPIC_ID = uuid.UUID(int=4711)
 PARTITIONS = (0, 1)
@@ -49,6 +51,14 @@ INSERT INTO effect (consumer, partition, "offset", id, attempt, rightful)
 SELECT p.c, p.p, p.o, p.i, p.a, EXISTS (SELECT FROM eo.position x JOIN eo.consumer y ON y.id = x.consumer_id
     WHERE y.name = p.c AND x.partition = p.p AND x.owner = :owner)
 FROM (SELECT cast(:c AS text) c, cast(:p AS int) p, cast(:o AS bigint) o, cast(:i AS uuid) i, cast(:a AS int) a) p
+""")
+
+_DUE = text("""
+UPDATE eo.parked_key k SET due_at = now() FROM (SELECT ctid FROM eo.parked_key WHERE consumer_id = :c FOR UPDATE
+    SKIP LOCKED) free WHERE k.ctid = free.ctid
+""")
+_WAITS = text("""
+SELECT EXISTS (SELECT FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock')
 """)
 
 Place = tuple[int, int]
@@ -122,6 +132,29 @@ class Seen:
         """Everything about one partition that its owner alone may change."""
         rows = (self.effects, self.parked, self.dead, self.keys, self.attempts)
         return [[row for row in table if row[0] == partition] for table in rows], self.positions[partition]
+
+
+class Alongside:
+    """Something done on another thread as far as it goes: to its end, or to a lock that somebody holds."""
+
+    def __init__(self, database: Database, act: Callable[[], None]) -> None:
+        self._failure: list[BaseException] = []
+        self._thread = threading.Thread(target=self._run, args=[act])
+        self._thread.start()
+        with database.engine.connect() as connection:
+            eventually(lambda: not self._thread.is_alive() or connection.scalar(_WAITS), "it ends, or waits for a lock")
+
+    def _run(self, act: Callable[[], None]) -> None:
+        try:
+            act()
+        except BaseException as failure:  # noqa: BLE001 - raised again by end()
+            self._failure.append(failure)
+
+    def end(self) -> None:
+        """Wait for its end; raises what it raised."""
+        self._thread.join()
+        if self._failure:
+            raise self._failure[0]
 
 
 class Kafka:
@@ -413,12 +446,9 @@ class World:
         self.workers[index] = Worker(self)
 
     def time_passes(self) -> None:
-        """Every lane is due."""
-        self._execute("UPDATE eo.parked_key SET due_at = now() WHERE consumer_id = :c")
-
-    def _execute(self, statement: str) -> None:
+        """Every lane is due, but those that an operator is about to change."""
         with self.database.engine.begin() as connection:
-            connection.execute(text(statement), {"c": self.stream.consumer_id})
+            connection.execute(_DUE, {"c": self.stream.consumer_id})
 
     # --- looking ---
 
@@ -431,7 +461,8 @@ class World:
 
             seen = Seen(
                 effects=rows(
-                    'SELECT partition, "offset", seq, attempt, rightful, xid FROM effect WHERE consumer = :n ORDER BY seq'
+                    'SELECT partition, "offset", seq, attempt, rightful, xid FROM effect '
+                    "WHERE consumer = :n ORDER BY seq"
                 ),
                 parked=rows(
                     'SELECT partition, "offset", lane, attempts, crashes FROM eo.parked_message WHERE consumer_id = :c'

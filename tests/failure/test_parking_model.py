@@ -7,8 +7,9 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import pytest
-from hypothesis import HealthCheck, Phase, strategies as st
+from hypothesis import HealthCheck, Phase
 from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
     initialize,
@@ -24,7 +25,7 @@ from eoframework.db.session import Database
 from eoframework.errors import DecodeError, NotFound
 from eoframework.settings import Settings
 from tests.failure.parking_model import Model
-from tests.failure.parking_world import EVER, TABLE, Crash, Fault, Place, Script, Seen, Variant, World
+from tests.failure.parking_world import EVER, TABLE, Alongside, Crash, Fault, Place, Script, Variant, World
 
 _KEYS = [b"a", b"a", b"b", b"c", None]
 _SCRIPTS = st.one_of(
@@ -200,6 +201,28 @@ class Parking(RuleBasedStateMachine):
         finally:
             unsubscribe()
 
+    @precondition(lambda self: self.seen.dead)
+    @rule(index=_INDEX, choice=st.integers(0, 20), size=st.integers(0, 4))
+    def replay_meanwhile(self, index: int, choice: int, size: int) -> None:
+        """A worker runs a batch and drains while a replay is about to COMMIT, and waits where it has to."""
+        working: list[Alongside] = []
+
+        def run(name: str, fields: dict[str, object]) -> None:
+            if name == "replay.moving":
+                self.world.time_passes()
+                working.append(Alongside(self.database, lambda: self.world.work(index, size=size, drain=True)))
+
+        unsubscribe = events.subscribe(run)
+        try:
+            self._decide("replay", choice)
+        finally:
+            unsubscribe()
+            for work in working:
+                work.end()
+        # What the worker read before the COMMIT it could not know of.
+        for place in self.model.replayed.keys() & {(row[0], row[1]) for row in self.seen.dead}:
+            self.model.replayed[place] = self._last_effect()
+
     def _decide(self, what: str, choice: int) -> None:
         letters = self.world.look().dead
         if not letters:
@@ -245,23 +268,21 @@ class Parking(RuleBasedStateMachine):
         finally:
             self.world.close()
 
-    def _come_to_rest(self) -> Seen:
-        """Everything runs until nothing changes any more."""
-        before = None
-        for _ in range(40 + 6 * len(self.world.scripts)):
+    def _come_to_rest(self) -> None:
+        """Everything runs until nothing is left to do."""
+        for _ in range(60 + 8 * len(self.world.scripts)):
             self.world.time_passes()
             for index in (0, 1):
                 self.world.work(index, size=50, drain=True)
             self.holds()
-            if self.seen == before:
-                break
-            before = self.seen
-        else:
-            raise AssertionError("it does not come to rest")
-        assert all(held for _, _, held in self.seen.keys), "something waits for nothing"
+            if self._at_rest():
+                return
+        raise AssertionError(f"it does not come to rest: {self.seen}")
+
+    def _at_rest(self) -> bool:
         ends = {partition: len(log) for partition, log in self.world.logs.items()}
-        assert {p: offset for p, (offset, _) in self.seen.positions.items()} == ends, f"stands still: {self.seen}"
-        return self.seen
+        positions = {partition: offset for partition, (offset, _) in self.seen.positions.items()}
+        return positions == ends and all(held for _, _, held in self.seen.keys)
 
     def _all_is_well_at_last(self) -> None:
         """Every cause is removed and every dead letter replayed: each message has its effect, or was discarded."""
