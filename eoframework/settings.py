@@ -88,7 +88,7 @@ class Settings(BaseSettings):
     relay_mode: Literal["transactional", "idempotent"] = "transactional"
     relay_lease: Seconds = 5.0
     relay_after_dead: Literal["continue", "hold"] = Field(
-        default="continue", description="what later rows of a key do when Kafka refuses one of it for good: go on or wait"
+        default="continue", description="what later rows of a key do when Kafka refuses one for good: go on, or wait"
     )
     relay_poll_max: Seconds = 0.1
     transaction_timeout: Seconds = Field(default=60, description="Kafka's transaction.timeout.ms, in seconds")

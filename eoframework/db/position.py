@@ -99,10 +99,6 @@ SELECT pg_terminate_backend(a.pid) FROM {eo}.position p JOIN pg_stat_activity a
     ON a.pid = p.backend_pid AND a.backend_start = p.backend_start AND a.backend_xid::text = p.xmax::text
 WHERE p.consumer_id = %(consumer_id)s AND p.topic_id = %(topic_id)s AND p.partition = %(partition)s
 """
-_SET = """
-UPDATE {eo}.position SET next_offset = %(offset)s, epoch = epoch + 1 WHERE consumer_id = %(consumer_id)s
-    AND topic_id = %(topic_id)s AND partition = %(partition)s RETURNING next_offset
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,10 +243,6 @@ class Positions:
         """End the recorded backend if it holds the row: a frozen owner in ClientWrite meets no timeout otherwise."""
         return bool(self._all(connection, "terminate", {**stream.key(), "partition": partition}))
 
-    def set(self, connection: Connection, stream: Stream, partition: int, offset: int) -> bool:
-        """An operator's move: fences the owner, who claims again and starts there. False without such a row."""
-        return bool(self._all(connection, "set", {**stream.key(), "partition": partition, "offset": offset}))
-
     def _all(self, connection: Connection, name: str, values: dict[str, object]) -> list[tuple[Any, ...]]:
         return [tuple(row) for row in connection.exec_driver_sql(self._sql[name], values)]
 
@@ -272,5 +264,4 @@ _STATEMENTS = {
     "cut": _CUT,
     "release": _RELEASE,
     "terminate": _TERMINATE,
-    "set": _SET,
 }
