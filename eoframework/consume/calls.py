@@ -191,6 +191,9 @@ class HandlerCalls:
             self._connection.check_intact()
             if not (tx.session.is_active and tx.session.connection().in_transaction()):
                 raise  # it has ended the transaction itself: there is no savepoint to go on from
+            # SQLAlchemy forgets only what was changed inside a savepoint. What was read there may show effects that
+            # were taken back with it, and lives on in the error's traceback: they would count twice.
+            tx.session.expire_all()
             return _Fall(cause, after.calling if isinstance(error, HandlerError) else None)
         return after
 
