@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +25,25 @@ def eo(*arguments: str, environment: dict[str, str]) -> None:
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
     )
+
+
+@contextmanager
+def eo_started(*arguments: str, environment: dict[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """An `eo` command that runs meanwhile, and is killed if it still does at the end."""
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "eoframework.cli", *arguments],
+            env=environment,
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+        )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
 
 
 @dataclass
