@@ -127,8 +127,7 @@ def test_a_frozen_caller_that_wakes_up_stores_nothing(shop: Shop, database: Data
     mark = tmp_path / "frozen"
     late = shop.start(FREEZE_AT="external.called:1", FREEZE_MARK=str(mark), HONOUR="0")
     eventually(mark.exists, "frozen")
-    output = shop.run(0, HONOUR="0")
-    assert "may be making it" in output, "it waited for the lease"
+    shop.run(0, HONOUR="0")
     os.kill(late.pid, signal.SIGCONT)
     told, _ = late.communicate(timeout=60)
     assert "outlasted its lease" in told
