@@ -28,7 +28,7 @@ not_an_app = object()
 empty = App("empty")
 
 
-@app.handler(orders, name="book")
+@app.handler(orders, name="book", retry=None)
 def book(order: Order, tx: Tx) -> None:
     if order.order_id < 0:
         raise ValueError("an order below zero")
