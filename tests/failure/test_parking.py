@@ -73,7 +73,7 @@ def test_order_wherever_in_the_batch_it_fails(app: App, failing: int) -> None:
     bench.broken = {failing: ValueError("now")}
     outcome = bench.run(*(bench.entry(n, f"k{n % 3}") for n in range(20)))
     behind = [n for n in range(failing, 20) if n % 3 == failing % 3]
-    assert (outcome.moved, outcome.parked) == ({0: 20}, len(behind))
+    assert (outcome.moved, outcome.parked, outcome.messages) == ({0: 20}, len(behind), 20 - len(behind))
     assert bench.booked() == bench.published() == [n for n in range(20) if n not in behind]
     bench.broken = {}
     bench.drain()
