@@ -40,7 +40,7 @@ class Drain:
         self._parking = parking
         self._next_look = 0.0
         self._lanes: list[Lane] = []
-        self._owns = False
+        self._owns: set[int] = set()
         self._in_turn = 0
         self._more = False
         """Whether a lane was left for others, with messages in it."""
@@ -67,7 +67,9 @@ class Drain:
 
     def run(self, claims: Mapping[int, Claim], careful: Collection[int], *, seconds: float) -> Outcome:
         """Run due messages of these partitions, at least one and for about so long; nothing of a position moves."""
-        self._owns = bool(claims)
+        if not claims.keys() <= self._owns:
+            self._next_look = 0.0  # what waits in a partition just claimed was not seen yet
+        self._owns = set(claims)
         self._fearful = (self._fearful | set(careful)) & claims.keys()
         total = Outcome()
         until = clock.monotonic() + seconds
