@@ -15,7 +15,7 @@ from eoframework.db.session import Database, open_database
 from eoframework.kafka.admin import Admin
 from eoframework.schema import Schema
 from eoframework.settings import Settings
-from tests.parallel import Controller, services_of_the_settings, start_services, told_by_the_controller
+from tests.parallel import Controller, Worker, services_of_the_settings, start_services, told_by_the_controller
 
 MakeTopic = Callable[..., str]
 
@@ -32,6 +32,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # A worker has no number of workers.
     if config.getoption("numprocesses", None):
         config.pluginmanager.register(Controller(), "eo-controller")
+    elif hasattr(config, "workerinput"):
+        config.pluginmanager.register(Worker(), "eo-worker")
 
 
 @pytest.fixture(scope="session")

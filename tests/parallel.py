@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import tempfile
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,25 @@ class Controller:
         if self._directory is not None:
             dev.reset(Path(self._directory.name) / STATE)
             self._directory.cleanup()
+
+
+class Worker:
+    """Of each process that runs tests: what it reports can be sent."""
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_report_to_serializable(self) -> Generator[None, object, object]:
+        return encodable((yield))
+
+
+def encodable(report: Any) -> Any:
+    """The same with half characters written out: one in the log of a test, and the channel would end the whole run."""
+    if isinstance(report, str):
+        return report.encode(errors="backslashreplace").decode()
+    if isinstance(report, dict):
+        return {name: encodable(value) for name, value in report.items()}
+    if isinstance(report, list | tuple):
+        return type(report)(map(encodable, report))
+    return report
 
 
 class Scheduling(LoadScopeScheduling):

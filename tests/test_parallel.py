@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
@@ -25,3 +27,8 @@ def test_tests_that_share_services_of_their_own_go_to_one_worker(nodeid: str, to
 def test_the_scheduler_has_what_we_override(name: str) -> None:
     assert name in vars(LoadScopeScheduling)
     assert name in vars(Scheduling)
+
+
+def test_half_a_character_in_a_log_does_not_end_the_run() -> None:
+    """Seen to fail, with an internal error instead of a summary, without Worker in conftest.py."""
+    logging.getLogger(__name__).warning("half a character: %s", "\ud800")
