@@ -64,7 +64,7 @@ class Account:
         return table
 
     def _dead(self) -> Table:
-        table = _table("dead letters that stay: no effect, one letter each")
+        table = _table("dead letters that stay")
         table.add_column("cause", overflow="fold")
         for letter in self.left:
             partition, offset = letter.place

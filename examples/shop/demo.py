@@ -43,7 +43,7 @@ POISON_EVERY = 50
 UNREADABLE = 3
 SESSION_TIMEOUT = 6.0
 DRAIN_SECONDS = 90.0
-REPLAYS_PER_SECOND = 25
+REPLAY_SECONDS = 4.0
 
 console = Console()
 
@@ -197,7 +197,8 @@ class Demo:
         with Session(self.engine) as session, session.begin():
             _deliver_goods(session, NEW_SKUS)
         self.progress.console.print(f"  {', '.join(NEW_SKUS)} delivered to the warehouse; replaying", highlight=False)
-        command = ("dead", "replay", APP, "--all", "--error", "Reject", "--yes", "--rate", str(REPLAYS_PER_SECOND))
+        rate = max(1.0, poison / REPLAY_SECONDS)
+        command = ("dead", "replay", APP, "--all", "--error", "Reject", "--yes", "--rate", str(rate))
         with eo_started(*command, environment=self._environment, log=self.logs / "replay.log") as replay:
             while replay.poll() is None and len(reconcile.replayed(self.engine)) < poison // 3:
                 self._look()
