@@ -280,6 +280,8 @@ class World:
         self.workers = [Worker(self), Worker(self)]
         self._running: list[Worker] = []
         self._fault: Fault | None = None
+        self._dying = False
+        """The process has ended inside the handler: nothing is committed any more, and nothing begun."""
         self._unsubscribe = events.subscribe(self._boundary)
 
     def close(self) -> None:
@@ -335,7 +337,8 @@ class World:
         if script.fails == "kills":
             if self.kills[place] < script.times:
                 self.kills[place] += 1
-                raise Crash
+                self._dying = True
+                raise Failing
         elif message.attempt <= script.times:
             if script.fails == "sql":
                 tx.session.execute(text("SELECT 1 / 0"))
@@ -384,6 +387,8 @@ class World:
         happens = between or {}
 
         def interrupt() -> None:
+            if self._dying:
+                raise Crash
             with self._set_aside():
                 happens.pop(next(begun), lambda: None)()
 
@@ -400,7 +405,7 @@ class World:
             worker.die()
             self.workers[index] = Worker(self)
         finally:
-            self._fault = None
+            self._fault, self._dying = None, False
             self._running.pop()
             worker.connection.before = lambda: None
 
@@ -412,6 +417,8 @@ class World:
         self._fault = fault
 
     def _boundary(self, name: str, fields: dict[str, object]) -> None:
+        if self._dying and not name.startswith("replay."):
+            raise Crash
         fault = self._fault
         names = {"lost": "db.committed", "undone": "db.committing", "crash": name}
         if fault is None or name != names.get(fault.kind):
