@@ -125,10 +125,10 @@ def confirm(message: Message[StockReserved], tx: Tx) -> None:
 
 
 def refusals(order_id: int) -> int:
-    """How often the shelf of this order is being counted: up to three times for every 25th."""
-    return order_id // 25 % 4 if order_id % 25 == 0 else 0
+    """How often the shelf of this order is being counted: up to three times for every 40th."""
+    return order_id // 40 % 4 if order_id % 40 == 0 else 0
 
 
 def delays(order_id: int) -> int:
-    """How often the books are closed for this order: once for every 40th."""
-    return int(order_id % 40 == 0)
+    """How often the books are closed for this order: once for every 70th."""
+    return int(order_id % 70 == 0)
