@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from asyncio import CancelledError
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,14 +22,18 @@ from eoframework.tx import Tx
 
 # A savepoint costs about as much as a message. One for so many, and a failure takes only these along.
 _GROUP = 10
+LEAVING = (SystemExit, GeneratorExit, CancelledError)
+"""What a message's code may raise that is no Exception: sys.exit(), a cancelled event loop."""
 
 
 class HandlerError(Exception):
     """What a handler raised, wrapped so that it is not taken for an error of ours."""
 
-    def __init__(self, error: Exception) -> None:
+    def __init__(self, error: Exception, at: Place | None = None) -> None:
+        """`at`: the message that the handler was called for, if it was one."""
         super().__init__(words(error))
         self.error = error
+        self.at = at
 
 
 class Culprits(Exception):
@@ -56,6 +61,11 @@ class Walk:
     left: Sequence[Delivery] = ()
     """Not reached in time."""
     outbox: list[OutboxMessage] = field(default_factory=list)
+
+    @property
+    def progress(self) -> bool:
+        """Whether anything has been decided: then what is left may wait."""
+        return bool(self.ran or self.fallen or self.behind)
 
     def admits(self, delivery: Delivery) -> bool:
         """Whether the handler is to be called for it now; if not, it is put where it belongs."""
@@ -141,14 +151,15 @@ class HandlerCalls:
         intact: Callable[[], bool] = lambda: True,
     ) -> None:
         for place, delivery in enumerate(first):
-            if walk.ran and out_of_time():
+            if walk.progress and out_of_time():
                 walk.left = first[place:]
                 return
             if walk.admits(delivery):
                 walk.calling = delivery
+                self._check_called_outside(delivery)
                 message = message_of(delivery)
                 tx.enter(message, self._source(message, delivery.record), delivery.external)
-                self._call(partial(self._handler.call, message, tx))
+                self._call(partial(self._handler.call, message, tx), delivery.place)
                 if not intact():
                     # A failed flush has taken the savepoint back, and the handler has caught its error: what it did
                     # for this message is gone, and what comes next would run outside.
@@ -163,7 +174,7 @@ class HandlerCalls:
     def _in_groups(self, tx: Tx, walk: Walk, first: Sequence[Delivery], out_of_time: Callable[[], bool]) -> Walk:
         groups = deque(first[start : start + _GROUP] for start in range(0, len(first), _GROUP))
         while groups:
-            if walk.ran and out_of_time():
+            if walk.progress and out_of_time():
                 walk.left = [delivery for group in groups for delivery in group]
                 break
             group = groups.popleft()
@@ -206,7 +217,7 @@ class HandlerCalls:
         messages = [message_of(delivery) for delivery in ready]
         tx.enter_batch(self._source(m, d.record) for m, d in zip(messages, ready, strict=True))
         try:
-            self._call(lambda: self._handler.call_batch(messages, tx))
+            self._call(lambda: self._handler.call_batch(messages, tx), ready[0].place if len(ready) == 1 else None)
         except HandlerError as error:
             if isinstance(error.error, BatchItemFailed):
                 raise Culprits({self._named(ready, error.error): _item_error(error.error)}) from error
@@ -238,17 +249,23 @@ class HandlerCalls:
             else:
                 walk.ran.append(delivery)
 
-    def _call(self, call: Callable[[], object]) -> None:
+    def _check_called_outside(self, delivery: Delivery) -> None:
+        # Its id was recorded when its calls were due, so none was made; and forgotten since, by a replay of its twin.
+        if self._handler.external and delivery.external is None:
+            raise Retryable(f"{self._handler.group}: {delivery.record} is no duplicate any more.")
+
+    def _call(self, call: Callable[[], object], at: Place | None) -> None:
         try:
             call()
         except Exception as error:
-            raise HandlerError(error) from error
-        except SystemExit as error:
-            # It would end the worker cleanly, so that the next one fears nothing and meets the same message again.
+            raise HandlerError(error, at) from error
+        except LEAVING as error:
+            # It would end the worker cleanly, so that the next one fears nothing, and meets the same message again.
             misuse = HandlerMisuse(
-                f"{self._handler.group} called sys.exit({words(error)}).", remedy="Raise an error of this message."
+                f"{self._handler.group} raised {type(error).__name__}({words(error)}), which is no Exception.",
+                remedy="What a message is to be blamed for must be one; leave the process to its supervisor.",
             )
-            raise HandlerError(misuse) from error
+            raise HandlerError(misuse, at) from error
         self._connection.check_intact()
 
     def _source(self, message: Message[object], record: Record) -> Source:

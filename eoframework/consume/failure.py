@@ -14,7 +14,7 @@ from functools import partial
 
 from eoframework import clock, events
 from eoframework.cloudevents import is_reserved
-from eoframework.consume.batch import Delivery, Lane, Outcome
+from eoframework.consume.batch import Delivery, Lane, Outcome, Place
 from eoframework.consume.calls import Walk
 from eoframework.db.attempts import Attempts
 from eoframework.db.dead_letters import Dead, DeadLetters
@@ -22,7 +22,7 @@ from eoframework.db.parking import Parking, Waiting
 from eoframework.db.position import Stream
 from eoframework.db.processed import ProcessedMessages
 from eoframework.db.session import Connection
-from eoframework.errors import FailClosed
+from eoframework.errors import FailClosed, HandlerTimedOut, IdledTooLong, Retryable, TimedOut
 from eoframework.external import InFlight
 from eoframework.failures import Cause, Parked, cause_of
 from eoframework.handlers import Handler
@@ -35,11 +35,18 @@ Verdict = float | GiveUp
 """Seconds until the next attempt, or why there is none."""
 
 _COUNT_EVERY = 1.0
+_ASK_EVERY = 1.0
 _SHORTLY = 0.1
+_TIMEOUTS = 2
 
 
 class ParkingFull(Exception):
     """There is no room to set more messages aside: their partition waits until there is."""
+
+    def __init__(self, what: str, at: Place) -> None:
+        """`at`: the first message that finds none."""
+        super().__init__(what)
+        self.at = at
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +72,12 @@ class Failures:
         self._text = text
         self._tally = Tally(handler.policy.breaker)
         self._run_unknown = True
+        self._run_known_until = 0.0
         self._succeeded_at = -math.inf
         self._room = 0
         self._room_known_until = 0.0
+        self._timeouts: dict[Place, int] = {}
+        """How often a message has run into a timeout of the database since it last counted as failed."""
         self._news: list[Callable[[], None]] = []
         """What is told once it is committed."""
 
@@ -83,6 +93,29 @@ class Failures:
     def shuts(self, delivery: Delivery, error: Exception) -> bool:
         """Whether later messages of its lane must wait for it, or for a person."""
         return not isinstance(self.judge(delivery, error), GiveUp) or self._policy.after_dead == "hold"
+
+    def troubled(self, place: Place, trouble: Retryable) -> None:
+        """The handler was being called for this message when the database said so."""
+        if isinstance(trouble, (TimedOut, IdledTooLong)):
+            self._timeouts[place] = self._timeouts.get(place, 0) + 1
+
+    def timed_out(self, place: Place) -> HandlerTimedOut | None:
+        """Why a message fails that was rolled back for the same timeout twice.
+
+        Once may be the database's trouble, which is nobody's attempt. Taken for that each time, a statement that never
+        ends in time would be run for ever, and everything behind it would wait.
+        """
+        if self._timeouts.get(place, 0) < _TIMEOUTS:
+            return None
+        return HandlerTimedOut(
+            f"{self._handler.group}: each time it was called for offset {place[1]} of partition {place[0]}, its "
+            "transaction ran into statement_timeout or idle_in_transaction_timeout."
+        )
+
+    def check_room(self, connection: Connection, behind: Sequence[Delivery]) -> None:
+        """Raise ParkingFull before any handler is called, if what has to wait finds no room."""
+        if behind:
+            self._make_room(connection, behind[0].place, len(behind))
 
     def shut_lanes(self, connection: Connection, deliveries: Iterable[Delivery]) -> set[Lane]:
         """Lanes of these deliveries in which something waits; they stay so until the transaction ends."""
@@ -171,7 +204,10 @@ class Failures:
 
     def end_run(self, connection: Connection, outcome: Outcome) -> None:
         """A success ends a run of dead letters; costs a statement only if there may have been one."""
-        if self._run_unknown and outcome.messages and not outcome.dead:
+        now = clock.monotonic()
+        if outcome.messages and not outcome.dead and (self._run_unknown or now >= self._run_known_until):
+            # Now and then also without a reason of our own: another worker's run ends with our success, too.
+            self._run_known_until = now + _ASK_EVERY
             self._stores.dead_letters.set_run(connection, self._stream.consumer_id, 0)
 
     # --- the steps ---
@@ -184,18 +220,21 @@ class Failures:
         return Waiting(parked, delivery.id, wait, cause)
 
     def _park(self, connection: Connection, waiting: Sequence[Waiting]) -> None:
-        if not waiting:
-            return
+        if waiting:
+            first = min((w.parked.record.partition, w.parked.record.offset) for w in waiting)
+            self._make_room(connection, first, len(waiting))
+            self._stores.parking.park(connection, self._stream, waiting)
+
+    def _make_room(self, connection: Connection, first: Place, messages: int) -> None:
         now, limit = clock.monotonic(), self._policy.max_parked
-        if now >= self._room_known_until or self._room < len(waiting):
+        if now >= self._room_known_until or self._room < messages:
             # Counted once a second: every batch would count thousands of rows while a hot key fails.
             self._room = limit - self._stores.parking.count(connection, self._stream.consumer_id, limit=limit)
             self._room_known_until = now + _COUNT_EVERY
-        if self._room < len(waiting):
+        if self._room < messages:
             raise ParkingFull(
-                f"{limit} messages of {self._handler.group} are parked (max_parked), none finds room any more"
+                f"{limit} messages of {self._handler.group} are parked (max_parked), none finds room any more", first
             )
-        self._stores.parking.park(connection, self._stream, waiting)
 
     def _bury(
         self,
@@ -274,6 +313,7 @@ class Failures:
                 "its key" if self._policy.parks else "its partition",
             )
             events.emit("consume.failed", record=delivery.record, error=error)
+            self._timeouts.pop(delivery.place, None)
 
         self._news.append(tell)
 
@@ -285,6 +325,7 @@ class Failures:
             exc_info=delivery.error if self._text else None,
         )
         events.emit("consume.dead_lettered", record=delivery.record, id=number)
+        self._timeouts.pop(delivery.place, None)
 
 
 def _attempts(delivery: Delivery, error: Exception) -> int:

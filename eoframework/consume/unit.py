@@ -13,7 +13,7 @@ from uuid import UUID
 
 from eoframework.cloudevents import incoming_id
 from eoframework.consume.batch import Delivery, Outcome
-from eoframework.consume.calls import Culprits, HandlerCalls, HandlerError, message_of
+from eoframework.consume.calls import LEAVING, Culprits, HandlerCalls, HandlerError, message_of
 from eoframework.consume.external import ExternalCalls
 from eoframework.consume.failure import Failures
 from eoframework.db.faults import passing_trouble
@@ -66,15 +66,25 @@ class Unit:
             if record.unreadable:
                 raise DecodeError(f"{record}: {record.unreadable}.")
             message = self.handler.topic.decode(record)
-        except Exception as error:  # noqa: BLE001 - a codec may raise anything; it is this record's failure alone
+        except (Exception, *LEAVING) as error:  # noqa: BLE001 - a codec may raise anything; it is this record's failure
             if not isinstance(error, DecodeError):
                 error = _decode_error(record, error)
             return self.unread(record).failed(error)
-        return Delivery(record, (record.partition, self._lane(record)), message.id, message)
+        place = record.partition, record.offset
+        return Delivery(
+            record, (record.partition, self._lane(record)), message.id, message, error=self.failures.timed_out(place)
+        )
 
     def unread(self, record: Record) -> Delivery:
         """The record as it came, without a look at what it says: a codec may end the process like any handler."""
         return Delivery(record, (record.partition, self._lane(record)), incoming_id(record.headers, topic=record.topic))
+
+    def certain(self, what: str, work: Callable[[Connection], Outcome]) -> Outcome:
+        """As `attempt`, for work that calls no handler: an error of it is ours, and is raised."""
+        outcome = self.attempt(what, work)
+        if outcome.error is not None:
+            raise outcome.error
+        return outcome
 
     def attempt(self, what: str, work: Callable[[Connection], Outcome]) -> Outcome:
         """Do `work` in one transaction; the one place that turns what happened into an outcome."""
@@ -156,14 +166,17 @@ class Unit:
     def _failed(self, error: Exception) -> Outcome:
         """A handler's exception; the database's passing trouble that came through it is no fault of the message."""
         cause = error.error if isinstance(error, HandlerError) else error
+        at = error.at if isinstance(error, HandlerError) else None
         trouble = passing_trouble(cause, self.handler.group)
+        if trouble is not None and at is not None:
+            self.failures.troubled(at, trouble)
         if trouble is None and self.connection.status() is None:
             # Whatever the handler made of it: without its connection it could not have succeeded.
             trouble = LostConnection(f"{self.handler.group}: the connection to PostgreSQL was lost ({words(cause)}).")
-        return Outcome(trouble=trouble) if trouble is not None else Outcome(error=cause)
+        return Outcome(trouble=trouble) if trouble is not None else Outcome(error=cause, at=at)
 
 
-def _decode_error(record: Record, error: Exception) -> DecodeError:
+def _decode_error(record: Record, error: BaseException) -> DecodeError:
     wrapped = DecodeError(f"{record}: {type(error).__name__}: {words(error)}.")
     wrapped.__cause__ = error
     return wrapped
