@@ -9,6 +9,7 @@ import pytest
 from sqlalchemy import text
 
 from eoframework import App, Breaker, Message, Topic, Tx
+from eoframework.consume import failure
 from eoframework.db.session import Database
 from eoframework.errors import FailClosed
 from eoframework.settings import Settings
@@ -104,6 +105,24 @@ def test_when_everything_fails_what_dies_after_retries_is_a_run(app: App) -> Non
         bench.drain()
     assert len(bench.dead()) == 3
     assert len(bench.waiting()) == 7
+
+
+def test_a_success_of_another_worker_ends_a_run_too(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One worker's partition brings nothing but poison, another's is well: not all of the consumer dies.
+
+    Seen to fail with the run looked at only by a worker that had dead letters of its own.
+    """
+    monkeypatch.setattr(failure, "_ASK_EVERY", 0.0)
+    bench = poisoned(app, *range(10), run=3)
+    ill, well = bench.rig, Rig(app)
+    for partition in (0, 2):
+        ill.claims[partition] = well.claims[partition]
+    for n in range(0, 9, 3):
+        feed(bench, n, n + 1, n + 2)
+        assert run_length(bench) == 3
+        well.run([well.record(b'{"n": 100}', partition=1)])
+        assert run_length(bench) == 0
+    assert bench.dead() == list(range(9))
 
 
 def test_a_share(app: App) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
 from dataclasses import replace
@@ -238,22 +239,28 @@ def test_what_the_database_refuses_is_blamed_on_the_message_that_wrote_it(app: A
     assert told == ("sqlalchemy.exc.IntegrityError" if not deferred else "eoframework.errors.Permanent")
 
 
-def test_a_handler_that_exits_blames_its_message(app: App) -> None:
-    """sys.exit() ends the worker cleanly: nobody would count it, and a supervisor would start it again for ever.
+@pytest.mark.parametrize("error", [SystemExit(3), asyncio.CancelledError(), GeneratorExit()], ids=repr)
+@pytest.mark.parametrize("where", ["handler", "codec"])
+def test_what_would_end_the_worker_cleanly_blames_its_message(app: App, error: BaseException, where: str) -> None:
+    """sys.exit() and its like: nobody would count it, and a supervisor would start the worker again for ever.
 
-    Seen to fail without the SystemExit clause in HandlerCalls._call.
+    Seen to fail without the LEAVING clause in HandlerCalls._call, and with only Exception caught in Unit.decode.
     """
     bench = Bench(app, retry=retrying(2))
 
     def leave(message: Message[Entry], tx: Tx) -> None:
-        raise SystemExit(3)
+        raise error
 
-    bench.broken = {1: leave}
-    bench.run(*(bench.entry(n) for n in range(3)))
+    bench.broken = {1: leave} if where == "handler" else {}
+    first, poison, last = (bench.entry(n) for n in range(3))
+    if where == "codec":
+        poison = replace(poison, value=b'{"n": -1}')
+        Entry.on_negative = error
+    bench.run(first, poison, last)
     bench.drain()
-    assert bench.dead() == [1]
     assert bench.booked() == [0, 2]
-    assert "sys.exit" in bench.column("SELECT error FROM eo.dead_letter")[0]
+    assert len(bench.dead()) == 1
+    assert type(error).__name__ in bench.column("SELECT error FROM eo.dead_letter")[0]
 
 
 def test_an_error_whose_text_cannot_be_read_keeps_its_class(app: App) -> None:

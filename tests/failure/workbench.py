@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 from uuid import UUID, uuid5
 
-from pydantic import BaseModel
+from pydantic import BaseModel, field_validator
 from sqlalchemy import text
 
 from eoframework import App, Message, Retry, Topic, Tx
@@ -25,6 +25,14 @@ _BOOK = text('INSERT INTO ledger (partition, "offset", note) VALUES (:p, :o, :n)
 
 class Entry(BaseModel):
     n: int
+    on_negative: ClassVar[BaseException] = SystemExit(1)
+
+    @field_validator("n")
+    @classmethod
+    def _positive(cls, n: int) -> int:
+        if n < 0:
+            raise cls.on_negative
+        return n
 
 
 class Echo(BaseModel):
