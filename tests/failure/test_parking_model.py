@@ -1,4 +1,13 @@
-"""Parking against a simple model: whatever fails, crashes and moves, each key keeps its order and nothing is lost."""
+"""Parking against a simple model: whatever fails, crashes and moves, each key keeps its order and nothing is lost.
+
+PARKING_EXAMPLES=500 runs so many random ones instead of the few fixed ones.
+
+Seen to fail, by generated runs, without: the lanes read in Executor._work; the NOT EXISTS of `_OPEN_IF_EMPTY`; the use
+of that statement; the deletion of the parked row in Drain._work; `forget` in Failures.settle; the order in `_HEAD`
+(turned round); `hold` in Failures.settle; `_FORGET` of a replay. Seen to fail only by a sequence written by hand:
+`behind` in Walk.admits; `unit.forget` in Drain._work. Removed and not noticed: the fence in Drain._run (250 steps),
+FOR UPDATE in `_LOCK` and FOR SHARE in `_SHUT` (1,010 steps of an earlier, weaker generator).
+"""
 
 from __future__ import annotations
 
@@ -10,6 +19,7 @@ import pytest
 from hypothesis import HealthCheck, Phase
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from hypothesis.internal.conjecture import engine
 from hypothesis.stateful import (
     RuleBasedStateMachine,
     initialize,
@@ -323,7 +333,11 @@ class Parking(RuleBasedStateMachine):
         assert (self.seen.dead, self.seen.parked, self.seen.keys) == ([], [], [])
 
 
-def test_every_key_keeps_its_order_and_nothing_is_lost(database: Database, settings: Settings) -> None:
+def test_every_key_keeps_its_order_and_nothing_is_lost(
+    database: Database, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Its own limit is five minutes, and the test's is shorter: what it has found by then would not be told.
+    monkeypatch.setattr(engine, "MAX_SHRINKING_SECONDS", 60)
     with database.engine.begin() as connection:
         connection.execute(text(TABLE))
     examples = int(os.environ.get("PARKING_EXAMPLES", "0"))
