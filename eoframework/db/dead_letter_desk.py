@@ -35,7 +35,7 @@ SELECT d.id, c.name, d.consumer_id, d.topic_id, d.lane, d.message_id, d.has_id, 
     d.holds, coalesce(octet_length(d.payload), 0),
     EXISTS (SELECT FROM {eo}.position p WHERE p.consumer_id = d.consumer_id AND p.topic_id = d.topic_id),
     EXISTS (SELECT FROM {eo}.processed_message m WHERE d.has_id AND m.consumer_id = d.consumer_id
-        AND m.message_id = d.message_id AND m.processed_at > d.died_at),
+        AND m.message_id = d.message_id AND m.first_at > d.died_at),
     d.topic, d.partition, d."offset", d.key, substring(d.payload FROM 1 FOR %(bytes)s), d.headers, d.timestamp,
     d.unreadable
 FROM {eo}.dead_letter d JOIN {eo}.consumer c ON c.id = d.consumer_id
@@ -63,11 +63,12 @@ VALUES (%(consumer_id)s, %(topic_id)s, %(partition)s, %(lane)s, %(key)s, clock_t
 ON CONFLICT (consumer_id, topic_id, partition, lane) DO UPDATE SET held = k.held
 """
 _LOCK = f"SELECT FROM {{eo}}.parked_key WHERE {_LANE} FOR UPDATE"
-_TAKE = "DELETE FROM {eo}.dead_letter WHERE id = %(id)s AND origin = 'handler' RETURNING holds"
-# Only the row of the burial: one that is younger says that another delivery of the message was processed since.
+_TAKE = "DELETE FROM {eo}.dead_letter WHERE id = %(id)s AND origin = 'handler' RETURNING holds, died_at"
+# Only the row of the burial: one that is younger says that another delivery of the message was processed since. By
+# first_at: a duplicate that was not run makes processed_at younger.
 _FORGET = """
 DELETE FROM {eo}.processed_message WHERE %(has_id)s AND consumer_id = %(consumer_id)s
-    AND message_id = %(message_id)s AND processed_at <= %(died_at)s
+    AND message_id = %(message_id)s AND first_at <= %(died_at)s
 """
 _OTHER_HOLDS = f"SELECT EXISTS (SELECT FROM {{eo}}.dead_letter WHERE {_LANE} AND holds AND origin = 'handler')"
 _HOLD = f"UPDATE {{eo}}.parked_key SET held = true WHERE {_LANE}"
@@ -246,8 +247,9 @@ class DeadLetterDesk:
         with self._changing(f"replaying dead letter {letter.id}") as connection:
             lane = _lane(letter)
             self._run(connection, _LOCK_OR_OPEN, {**lane, "key": letter.record.key}, rows=False)
-            self._take(connection, letter)
-            self._run(connection, _FORGET, _identity(letter), rows=False)
+            # It may have died once more since the letter was read.
+            died_at = self._take(connection, letter).died_at
+            self._run(connection, _FORGET, {**_identity(letter), "died_at": died_at}, rows=False)
             fresh = Parked(letter.lane, letter.record)
             identity = letter.message_id if letter.has_id else None
             self._parking.put_back(connection, letter.stream(), Waiting(fresh, identity))
@@ -265,18 +267,18 @@ class DeadLetterDesk:
         with self._changing(f"discarding dead letter {letter.id}") as connection:
             lane = _lane(letter)
             self._run(connection, _LOCK, lane)
-            holds = self._take(connection, letter)
+            holds = self._take(connection, letter).holds
             if holds and not self._run(connection, _OTHER_HOLDS, lane)[0][0]:
                 self._run(connection, _RELEASE, lane, rows=False)
                 self._run(connection, _OPEN, lane, rows=False)
             self._calls.settle(connection, letter.consumer_id, letter.message_id)
             self._record(connection, letter, "dead.discard", actor)
 
-    def _take(self, connection: Connection, letter: DeadLetter) -> bool:
+    def _take(self, connection: Connection, letter: DeadLetter) -> Any:
         found = self._run(connection, _TAKE, {"id": letter.id})
         if not found:
             raise LetterGone
-        return bool(found[0][0])
+        return found[0]
 
     def _record(self, connection: Connection, letter: DeadLetter, action: str, actor: str) -> None:
         detail = {
@@ -332,7 +334,7 @@ def _lane(letter: DeadLetter) -> dict[str, object]:
 
 
 def _identity(letter: DeadLetter) -> dict[str, object]:
-    names = ("has_id", "consumer_id", "message_id", "died_at")
+    names = ("has_id", "consumer_id", "message_id")
     return {name: getattr(letter, name) for name in names}
 
 

@@ -49,7 +49,7 @@ SELECT message_id FROM {eo}.processed_message WHERE consumer_id = %(consumer_id)
 _REPEAT = """
 WITH old AS (SELECT message_id FROM {eo}.processed_message WHERE consumer_id = %(consumer_id)s
     AND message_id = ANY(%(ids)s::uuid[]) AND processed_at < %(before)s ORDER BY message_id FOR UPDATE)
-UPDATE {eo}.processed_message p SET processed_at = now() FROM old
+UPDATE {eo}.processed_message p SET processed_at = now(), first_at = now() FROM old
 WHERE p.consumer_id = %(consumer_id)s AND p.message_id = old.message_id RETURNING p.message_id
 """
 

@@ -101,12 +101,15 @@ def _statements(eo: str) -> list[str]:
             ADD CONSTRAINT dead_letter_origin_check CHECK (
                 origin = 'outbox' AND type IS NOT NULL AND source IS NOT NULL AND content_type IS NOT NULL
                 OR origin = 'handler' AND num_nulls(consumer_id, topic_id, partition, "offset", timestamp) = 0)""",
-        # One message dies once: the second INSERT of the same place fails.
+        # One message is one dead letter, however often it is read and dies.
         f"""
         CREATE UNIQUE INDEX dead_letter_place ON {eo}.dead_letter (consumer_id, topic_id, partition, "offset")
             WHERE origin = 'handler'""",
         f"CREATE INDEX dead_letter_fingerprint ON {eo}.dead_letter (fingerprint)",
         f"CREATE INDEX dead_letter_outbox ON {eo}.dead_letter (id) WHERE origin = 'outbox'",
+        # When the id was recorded; processed_at is when it was last seen. Rows from before: no later than they are.
+        f"ALTER TABLE {eo}.processed_message ADD COLUMN first_at timestamptz NOT NULL DEFAULT 'epoch'",
+        f"ALTER TABLE {eo}.processed_message ALTER COLUMN first_at SET DEFAULT now()",
         # Dead letters in a row, without a success between: what the breaker of a restarted worker goes on from.
         f"ALTER TABLE {eo}.consumer ADD COLUMN dead_run integer NOT NULL DEFAULT 0",
         f"""
@@ -197,6 +200,7 @@ def downgrade() -> None:
     for table in tables.split():
         op.execute(f"DROP TABLE {eo}.{table}")
     op.execute(f"ALTER TABLE {eo}.consumer DROP COLUMN dead_run")
+    op.execute(f"ALTER TABLE {eo}.processed_message DROP COLUMN first_at")
     op.execute(f"DROP INDEX {eo}.dead_letter_outbox")
     columns = (
         'consumer_id topic_id partition "offset" lane timestamp unreadable has_id holds attempts crashes '

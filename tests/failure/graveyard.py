@@ -46,7 +46,7 @@ class Graveyard:
         self,
         offset: int,
         *,
-        identity: bool = True,
+        identity: bool | uuid.UUID = True,
         holds: bool = False,
         error_class: str = "builtins.ValueError",
         fingerprint: str = "f00",
@@ -55,7 +55,7 @@ class Graveyard:
         """A dead letter as the worker writes it, with its processed message; returns its number."""
         dead = self.record(offset, **record)
         parked = Parked(self.lane(dead), dead, attempts=5, crashes=1)
-        identifier = uuid.uuid4() if identity else None
+        identifier = identity if isinstance(identity, uuid.UUID) else uuid.uuid4() if identity else None
         cause = Cause(error_class, fingerprint, "shop.py:book", "no such article", "Traceback: ...")
         with self.database.begin("test") as connection:
             if identifier is not None:

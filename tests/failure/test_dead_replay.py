@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from eoframework import App, Topic, dead, events
+from eoframework import App, Topic, clock, dead, events
 from eoframework.db.dead_letter_desk import DeadLetterDesk
 from eoframework.db.parking import Parking
 from eoframework.db.processed import ProcessedMessages
+from eoframework.db.reprocessing import Reprocessing
 from eoframework.db.session import Database
 from eoframework.errors import ConfigurationError, EoError, FailClosed, NotFound
 from eoframework.settings import Settings
@@ -233,7 +234,7 @@ def forgotten(graveyard: Graveyard) -> int:
 
 def processed_since(graveyard: Graveyard) -> int:
     number = graveyard.bury(5)
-    graveyard.execute("UPDATE eo.processed_message SET processed_at = now() + interval '1 minute'")
+    graveyard.execute("UPDATE eo.processed_message SET first_at = now() + interval '1 minute'")
     return number
 
 
@@ -293,12 +294,78 @@ def test_what_was_done_before_is_told_with_time_and_person(graveyard: Graveyard,
 
 
 def test_an_id_processed_meanwhile_is_not_forgotten(graveyard: Graveyard, app: App, database: Database) -> None:
-    """The check was passed before. Seen to fail without `processed_at <= died_at`: its effects would happen again."""
+    """The check was passed before. Seen to fail without `first_at <= died_at`: its effects would happen again."""
     number = graveyard.bury(5)
     letter = dead.find(database, number)
-    graveyard.execute("UPDATE eo.processed_message SET processed_at = now() + interval '1 minute'")
+    graveyard.execute("UPDATE eo.processed_message SET first_at = now() + interval '1 minute'")
     DeadLetterDesk(database).put_back(letter, actor="test")
     assert graveyard.rows("SELECT message_id FROM eo.processed_message") == [(letter.message_id,)]
+
+
+def duplicate(graveyard: Graveyard, identity: uuid.UUID) -> None:
+    """The producer sends the message once more, two hours after it was given up on."""
+    for table, column in (("processed_message", "processed_at"), ("processed_message", "first_at")):
+        graveyard.execute(f"UPDATE eo.{table} SET {column} = {column} - interval '2 hours'")
+    graveyard.execute("UPDATE eo.dead_letter SET died_at = died_at - interval '2 hours'")
+    with graveyard.database.begin("test") as connection:
+        claimed = ProcessedMessages(graveyard.database.schema).claim(
+            connection, graveyard.stream.consumer_id, {identity}
+        )
+    assert claimed == set()
+    assert graveyard.rows("SELECT clock_timestamp() - processed_at < interval '1 hour' FROM eo.processed_message") == [
+        (True,)
+    ]
+
+
+def test_a_duplicate_that_was_not_run_keeps_no_letter_from_being_replayed(graveyard: Graveyard, app: App) -> None:
+    """It only makes the id be remembered longer. Seen to fail with processed_at in place of first_at in `_LETTERS`:
+    refused for ever as processed since.
+    """
+    identity = uuid.uuid4()
+    number = graveyard.bury(5, identity=identity)
+    duplicate(graveyard, identity)
+    assert dead.replay(app, [number]).moved == [number]
+    assert graveyard.rows("SELECT FROM eo.processed_message") == []
+    assert graveyard.parked() == [5]
+
+
+def test_a_duplicate_between_check_and_replay_does_not_lose_the_message(
+    graveyard: Graveyard, database: Database
+) -> None:
+    """Seen to fail with processed_at in place of first_at in `_FORGET`: parked, and then taken for a duplicate."""
+    identity = uuid.uuid4()
+    letter = dead.find(database, graveyard.bury(5, identity=identity))
+    duplicate(graveyard, identity)
+    DeadLetterDesk(database).put_back(letter, actor="test")
+    assert graveyard.rows("SELECT FROM eo.processed_message") == []
+
+
+def test_what_dies_again_after_its_id_was_forgotten_can_be_replayed(graveyard: Graveyard, app: App) -> None:
+    """Seen to fail with `died_at = excluded.died_at` removed from `_BURY`: its own burial counted as processed since.
+
+    And, the letter read before it died again, with the time of death that was read then in `_FORGET`.
+    """
+    identity = uuid.uuid4()
+    number = graveyard.bury(5, identity=identity)
+    graveyard.execute("UPDATE eo.dead_letter SET died_at = died_at - interval '8 days'")
+    graveyard.execute("DELETE FROM eo.processed_message")
+    early = dead.find(app.database, number)
+    assert graveyard.bury(5, identity=identity) == number
+    letter = dead.find(app.database, number)
+    assert (letter.processed_since, letter.died_at > early.died_at) == (False, True)
+    DeadLetterDesk(app.database).put_back(early, actor="test")
+    assert graveyard.rows("SELECT FROM eo.processed_message") == []
+
+
+def test_a_repetition_counts_as_processed_since(graveyard: Graveyard, app: App) -> None:
+    """Of another delivery with the same id. Seen to fail without `first_at = now()` in `_REPEAT`: it ran once more."""
+    identity = uuid.uuid4()
+    number = graveyard.bury(5, identity=identity)
+    with graveyard.database.begin("test") as connection:
+        again = Reprocessing(graveyard.database)
+        assert again.repeat(connection, graveyard.stream.consumer_id, {identity}, before=clock.now()) == {identity}
+    with pytest.raises(FailClosed, match="was processed after it was given up on"):
+        dead.replay(app, [number])
 
 
 # --- discard ---
