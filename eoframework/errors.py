@@ -73,6 +73,14 @@ class LostConnection(Retryable):
     """The connection broke; whether a COMMIT under way happened is to be read from the database, never guessed."""
 
 
+class TimedOut(Retryable):
+    """A statement took longer than statement_timeout; rolled back."""
+
+
+class IdledTooLong(LostConnection):
+    """Nothing was done in the transaction for longer than idle_in_transaction_timeout; the server ended it."""
+
+
 class Conflict(Retryable):
     """Deadlock, serialization failure or lock timeout: rolled back by the server; run again, smaller."""
 
@@ -122,6 +130,10 @@ class BatchItemFailed(EoError):
     def __init__(self, index: int, what: str = "") -> None:
         super().__init__(what or f"the message at index {index} of the batch failed")
         self.index = index
+
+
+class HandlerTimedOut(EoError):
+    """A handler let its transaction run into the same timeout again and again; a failure of its message."""
 
 
 class ProcessDied(EoError):

@@ -65,7 +65,8 @@ class GiveUp:
 class Retry:
     """How often and when a failing message is tried again.
 
-    attempts: how often the handler is called in all, so 1 means never again. backoff: the pauses between. jitter: the
+    attempts: after so many failures it is given up, so 1 means that none is retried. (One that failed among others
+    is called once more, alone, before that counts as its first.) backoff: the pauses between. jitter: the
     share of each pause that is left to chance, so that what failed together does not come back together. on: only
     these exceptions are worth another attempt; never: these are not, whatever `on` says. crashes: how often a message
     may be the one in flight when its process dies; more than `attempts`, since a deploy or the kernel's memory killer

@@ -95,6 +95,8 @@ class Outcome:
     """Why the rest has to run again: a conflict, or a lost connection whose outcome only the row can tell."""
     error: Exception | None = None
     """Why one unit of work was rolled back: some message of it failed."""
+    at: Place | None = None
+    """The message that the handler was called for then."""
     culprits: dict[Place, Exception] = field(default_factory=dict)
     """Which ones, where that is known."""
     cut: bool = False

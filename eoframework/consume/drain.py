@@ -18,18 +18,21 @@ from eoframework.consume.batch import Delivery, Lane, Outcome, Place
 from eoframework.consume.executor import read_or_died
 from eoframework.consume.failure import error_of
 from eoframework.consume.unit import Unit
+from eoframework.db.faults import blameless
 from eoframework.db.parking import Parking
 from eoframework.db.position import Claim
 from eoframework.db.session import Connection
-from eoframework.errors import Retryable
+from eoframework.errors import LostConnection, Retryable
 from eoframework.failures import Parked
 
 _LANES = 100
 # Messages of one lane before it is another's turn.
 _TURN = 20
 # A dead letter may be put back at any time.
-_LOOK_AT_LEAST = 1.0
-_LOOK_AT_MOST = 0.05
+_LONGEST_LOOK = 1.0
+_SHORTEST_LOOK = 0.05
+# How long a lane gives way whose message met passing trouble.
+_GIVE_WAY = 2.0
 
 
 class Drain:
@@ -42,6 +45,8 @@ class Drain:
         self._lanes: list[Lane] = []
         self._owns: set[int] = set()
         self._in_turn = 0
+        self._credit = 0.0
+        """Seconds still to be used; below zero when a slow message took more than its share."""
         self._more = False
         """Whether a lane was left for others, with messages in it."""
         self._fearful: set[int] = set()
@@ -66,24 +71,38 @@ class Drain:
         return bool(self._lanes) or self._more
 
     def run(self, claims: Mapping[int, Claim], careful: Collection[int], *, seconds: float) -> Outcome:
-        """Run due messages of these partitions, at least one and for about so long; nothing of a position moves."""
+        """Run due messages of these partitions for about so long; nothing of a position moves."""
         if not claims.keys() <= self._owns:
             self._next_look = 0.0  # what waits in a partition just claimed was not seen yet
         self._owns = set(claims)
         self._fearful = (self._fearful | set(careful)) & claims.keys()
-        total = Outcome()
-        until = clock.monotonic() + seconds
-        total.add(self._look(claims))
-        while self._lanes and total.trouble is None:
+        total = self._look(claims)
+        self._credit += seconds
+        started = clock.monotonic()
+        while self._lanes and total.trouble is None and clock.monotonic() - started < self._credit:
             lane = self._lanes[0]
             claim = claims.get(lane[0])
             outcome = self._one(lane, claim) if claim is not None and not total.stops(lane[0]) else None
             total.add(outcome or Outcome())
+            if outcome is not None and outcome.trouble is not None and claim is not None:
+                total.add(self._give_way(lane, claim, outcome.trouble))
             self._next_turn(done=outcome is None)
-            if outcome is not None and clock.monotonic() > until:
-                break
             total.add(self._look(claims))
+        # What one slow message took too much is paid back by the next steps; what was not used is not kept.
+        self._credit = min(0.0, self._credit - (clock.monotonic() - started))
         return total
+
+    def _give_way(self, lane: Lane, claim: Claim, trouble: Retryable) -> Outcome:
+        """A lane whose message meets passing trouble again and again would always be the first that is due."""
+        if isinstance(trouble, LostConnection):
+            return Outcome()  # the claims are renewed first
+
+        def postpone(connection: Connection) -> Outcome:
+            self._unit.fence(connection, [claim])
+            self._parking.postpone(connection, self._unit.stream, lane, _GIVE_WAY)
+            return Outcome()
+
+        return self._unit.certain("a lane gives way", postpone)
 
     def _next_turn(self, *, done: bool) -> None:
         """A lane that is fed as fast as it is drained must not keep the others from their turn for ever."""
@@ -103,11 +122,11 @@ class Drain:
             stream = self._unit.stream
             self._lanes = self._parking.due(connection, stream, claims.keys(), limit=_LANES)
             next_due = self._parking.next_due(connection, stream, claims.keys())
-            wait = _LOOK_AT_LEAST if next_due is None else min(_LOOK_AT_LEAST, max(_LOOK_AT_MOST, next_due))
+            wait = _LONGEST_LOOK if next_due is None else min(_LONGEST_LOOK, max(_SHORTEST_LOOK, next_due))
             self._next_look = now + wait
             return Outcome()
 
-        outcome = self._unit.attempt("look for due messages", look)
+        outcome = self._unit.certain("look for due messages", look)
         self._more = False
         if not self._lanes and outcome.trouble is None:
             self._fearful.clear()
@@ -129,8 +148,9 @@ class Drain:
         found: list[tuple[Parked, Delivery]] = []
 
         def work(connection: Connection) -> Outcome:
-            self._unit.fence(connection, [claim])
-            parked = self._parking.head(connection, self._unit.stream, lane)
+            with blameless(self._unit.handler.group):
+                self._unit.fence(connection, [claim])
+                parked = self._parking.head(connection, self._unit.stream, lane)
             delivery = deliver(parked) if parked is not None else None
             if parked is None or delivery is None:
                 return Outcome()
@@ -139,6 +159,8 @@ class Drain:
 
         outcome = self._unit.attempt(f"parked message of {self._unit.stream.topic}[{lane[0]}]", work)
         if outcome.trouble is not None or outcome.fenced:
+            if found and outcome.trouble is not None:
+                self._unit.failures.troubled(found[0][1].place, outcome.trouble)
             return outcome
         if not found:
             return None
@@ -161,7 +183,7 @@ class Drain:
             heads.extend([parked] if parked is not None else [])
             return Outcome()
 
-        outcome = self._unit.attempt("a parked message is about to be called for", look)
+        outcome = self._unit.certain("a parked message is about to be called for", look)
         if outcome.trouble is not None or outcome.fenced or not heads:
             return outcome if heads or outcome.trouble is not None or outcome.fenced else None
         head, delivery = heads[0], self._delivery(heads[0])
@@ -177,30 +199,34 @@ class Drain:
     def _delivery(self, parked: Parked) -> Delivery:
         place = parked.record.partition, parked.record.offset
         crashes = self._charges.get(place, parked.crashes)
+        if parked.crashes != crashes + 1:
+            # Not as we charged it: it was settled by a COMMIT in doubt, and put back since.
+            crashes = parked.crashes
         return read_or_died(self._unit, parked.record, parked.attempts, crashes)
 
     def _work(self, connection: Connection, parked: Parked, delivery: Delivery) -> Outcome:
         unit = self._unit
         events.emit("consume.due", record=parked.record)
         if delivery.error is not None:
-            outcome, letters = unit.failures.settle_parked(connection, parked, delivery, delivery.error)
-            unit.publish(connection, letters)
-            events.emit("consume.settled", parked=0, dead=outcome.dead)
-            return outcome
-        first = unit.first_timers(connection, [delivery])
+            return self._settle(connection, parked, delivery, delivery.error)
+        with blameless(unit.handler.group):
+            first = unit.first_timers(connection, [delivery])
         # In a savepoint: a failure is booked in the same transaction.
         walk = unit.calls.run(connection, first, shut=set(), wary=True)
         if walk.fallen:
             unit.forget(connection, walk.fallen)
-            outcome, letters = unit.failures.settle_parked(connection, parked, delivery, error_of(walk.fallen[0]))
-            unit.publish(connection, letters)
-            events.emit("consume.settled", parked=0, dead=outcome.dead)
-            return outcome
+            return self._settle(connection, parked, delivery, error_of(walk.fallen[0]))
         self._parking.remove(connection, unit.stream, parked)
         outcome = Outcome(messages=len(walk.ran), duplicates=1 - len(first))
         unit.failures.end_run(connection, outcome)
         unit.settle_calls(connection, walk.ran)
         unit.publish(connection, walk.outbox)
+        return outcome
+
+    def _settle(self, connection: Connection, parked: Parked, delivery: Delivery, error: Exception) -> Outcome:
+        outcome, letters = self._unit.failures.settle_parked(connection, parked, delivery, error)
+        self._unit.publish(connection, letters)
+        events.emit("consume.settled", parked=1 - outcome.dead, dead=outcome.dead)
         return outcome
 
     def _failed_again(self, claim: Claim, parked: Parked, delivery: Delivery, error: Exception) -> Outcome:
@@ -211,29 +237,27 @@ class Drain:
             head = self._parking.head(connection, self._unit.stream, (claim.partition, parked.lane))
             if head is None or head.record.offset != parked.record.offset:
                 return Outcome()
-            outcome, letters = self._unit.failures.settle_parked(connection, head, delivery, error)
-            self._unit.publish(connection, letters)
-            events.emit("consume.settled", parked=0, dead=outcome.dead)
-            return outcome
+            return self._settle(connection, head, delivery, error)
 
-        outcome = self._unit.attempt(f"{parked.record} failed again", settle)
-        if outcome.error is not None:
-            raise outcome.error
-        return outcome
+        return self._unit.certain(f"{parked.record} failed again", settle)
 
     def _charge(self, lane: Lane, claim: Claim) -> Outcome:
         """Count the attempt before it is made: see Executor._singly."""
 
+        charged: list[Parked] = []
+
         def charge(connection: Connection) -> Outcome:
             self._unit.fence(connection, [claim])
             parked = self._parking.head(connection, self._unit.stream, lane)
-            if parked is not None and (parked.record.partition, parked.record.offset) not in self._charges:
-                self._parking.charge(connection, self._unit.stream, parked, parked.crashes + 1)
-                self._charges[parked.record.partition, parked.record.offset] = parked.crashes
+            if parked is not None:
+                place = parked.record.partition, parked.record.offset
+                if self._charges.get(place) != parked.crashes - 1:
+                    self._parking.charge(connection, self._unit.stream, parked, parked.crashes + 1)
+                    self._charges[place] = parked.crashes
+                    charged.append(parked)
             return Outcome()
 
-        outcome = self._unit.attempt("a parked message may have ended a process", charge)
-        if outcome.error is not None:
-            raise outcome.error
-        events.emit("consume.charged", lane=lane)
+        outcome = self._unit.certain("a parked message may have ended a process", charge)
+        if charged and outcome.trouble is None and not outcome.fenced:
+            events.emit("consume.charged", record=charged[0].record)
         return outcome

@@ -21,6 +21,7 @@ from eoframework.consume.batch import Batch, Delivery, Failure, Lane, Outcome, P
 from eoframework.consume.failure import ParkingFull, Verdict
 from eoframework.consume.unit import Unit
 from eoframework.db.attempts import Attempts
+from eoframework.db.faults import blameless
 from eoframework.db.position import Claim
 from eoframework.db.session import Connection
 from eoframework.errors import ProcessDied, Retryable
@@ -94,13 +95,17 @@ class Executor:
         """Run it together. What fails is rolled back and run again in smaller parts, until the culprit is alone."""
         total = Outcome()
         parts: list[Sequence[Delivery]] = [batch.deliveries]
-        while parts and total.trouble is None and not (total.moved and self._out_of_time()):
+        while parts and total.trouble is None:
             part = [delivery for delivery in parts.pop(0) if not total.stops(delivery.record.partition)]
             if not part:
                 continue
+            if self._out_of_time():
+                if total.moved or total.failed:
+                    break
+                part, parts = part[:1], []  # or a batch that fails for longer than its time would never get on
             outcome = self._stopped_at(part) or self._run(batch.only(part, total.moved))
             if outcome.error is not None:
-                smaller = self._smaller(part, outcome.culprits)
+                smaller = self._smaller(part, outcome)
                 if smaller:
                     parts[:0] = smaller
                     continue
@@ -114,16 +119,20 @@ class Executor:
         outcome = self._unit.attempt(f"batch ({batch})", lambda connection: self._work(connection, batch))
         if outcome.error is None and self._wary:
             self._wary -= 1
+        if outcome.trouble is not None and len(batch.deliveries) == 1:
+            self._unit.failures.troubled(batch.deliveries[0].place, outcome.trouble)
         return outcome
 
     def _work(self, connection: Connection, batch: Batch) -> Outcome:
         """Everything that is committed together. The fence comes first: a zombie must not get as far as an effect."""
         unit = self._unit
-        unit.fence(connection, batch.claims.values(), batch.ends)
-        shut = unit.failures.shut_lanes(connection, batch.deliveries)
-        first = unit.first_timers(connection, [d for d in batch.deliveries if d.lane not in shut])
-        if self._policy.ordering == "partition":
-            first = self._counted(connection, first)
+        with blameless(unit.handler.group):
+            unit.fence(connection, batch.claims.values(), batch.ends)
+            shut = unit.failures.shut_lanes(connection, batch.deliveries)
+            unit.failures.check_room(connection, [d for d in batch.deliveries if d.lane in shut])
+            first = unit.first_timers(connection, [d for d in batch.deliveries if d.lane not in shut])
+            if self._policy.ordering == "partition":
+                first = self._counted(connection, first)
         walk = unit.calls.run(connection, first, shut=shut, wary=self._wary > 0, out_of_time=self._out_of_time)
         done = self._cut(connection, batch, walk.left)
         behind = [delivery for delivery in done.deliveries if delivery.lane in shut]
@@ -131,12 +140,11 @@ class Executor:
         unit.failures.end_run(connection, outcome)
         unit.settle_calls(connection, walk.ran)
         self._forget_attempts(connection, done)
-        unit.publish(connection, [*walk.outbox, *letters])
         # Asked after the records came and answered before they count. The client reads a re-created topic on from the
         # old offset, under KIP-848 too, until a heartbeat tells it: what is booked by then would be booked again when
         # the new topic is processed from its beginning.
         self._before_commit()
-        unit.connection.check_intact()
+        unit.publish(connection, [*walk.outbox, *letters])
         events.emit("consume.handled", handler=unit.handler.name, messages=outcome.messages)
         if outcome.parked or outcome.dead:
             events.emit("consume.settled", parked=outcome.parked, dead=outcome.dead)
@@ -161,21 +169,24 @@ class Executor:
 
     # --- 3. what fails ---
 
-    def _smaller(self, part: Sequence[Delivery], culprits: dict[Place, Exception]) -> list[Sequence[Delivery]]:
+    def _smaller(self, part: Sequence[Delivery], outcome: Outcome) -> list[Sequence[Delivery]]:
         """How to run a part again that was rolled back; empty when its only message is the culprit."""
-        group = self._unit.handler.group
+        group, culprits = self._unit.handler.group, outcome.culprits
         named = [d for d in part if d.place in culprits]
         if named and self._policy.parks:
             return [[d.failed(culprits[d.place]) if d.place in culprits else d for d in part]]
         if len(part) == 1:
             return []
         if named:
-            at = part.index(named[0])
-            return [part[:at], [part[at].failed(culprits[part[at].place])], part[at + 1 :]]
-        if self._policy.parks and not self._wary and not self._unit.handler.batch:
-            log.info("%s: a batch of %d failed and was rolled back; it runs again with savepoints", group, len(part))
+            first = part.index(named[0])
+            return [part[:first], [named[0].failed(culprits[named[0].place])], part[first + 1 :]]
+        if self._policy.parks and not isinstance(outcome.error, ParkingFull):
             self._wary = _WARY_BATCHES
-            return [part]
+        suspect = outcome.error.at if isinstance(outcome.error, ParkingFull) else outcome.at
+        at = next((place for place, delivery in enumerate(part) if delivery.place == suspect), None)
+        if at is not None:
+            log.info("%s: %s failed and took %d others along; it runs alone", group, part[at].record, len(part) - 1)
+            return [part[:at], [part[at]], part[at + 1 :]]
         log.info("%s: %d messages failed together and were rolled back; they run again in halves", group, len(part))
         middle = len(part) // 2
         return [part[:middle], part[middle:]]
@@ -211,9 +222,10 @@ class Executor:
             verdicts.append(self._unit.failures.wait_in_place(connection, delivery, error))
             return Outcome()
 
-        outcome = self._unit.attempt(f"{delivery.record} failed", count)
+        outcome = self._unit.certain(f"{delivery.record} failed", count)
         if not verdicts or outcome.trouble is not None:
             return outcome
+        self._charges.pop(delivery.place, None)
         if isinstance(verdicts[0], GiveUp):
             return self._set_aside(batch, delivery, error)
         return _stop(delivery, error, retry_in=verdicts[0])
@@ -228,7 +240,7 @@ class Executor:
         """
         total, every = Outcome(), Batch((), claims)
         for record in records:
-            if total.trouble is not None or (total.moved and self._out_of_time()):
+            if total.trouble is not None or ((total.moved or total.failed) and self._out_of_time()):
                 break
             if total.stops(record.partition):
                 continue
@@ -250,7 +262,7 @@ class Executor:
             shut.update(self._unit.failures.shut_lanes(connection, [delivery]))
             return Outcome()
 
-        outcome = self._unit.attempt(f"{delivery.record} is about to be called for", look)
+        outcome = self._unit.certain(f"{delivery.record} is about to be called for", look)
         if outcome.trouble is not None or outcome.fenced or shut:
             return outcome if not shut else self._process(batch)
         try:
@@ -268,9 +280,10 @@ class Executor:
             return outcome
         delivery = read_or_died(self._unit, delivery.record, *self._charges[delivery.place])
         outcome = self._called(batch.only([delivery], {}))
-        if outcome.trouble is None:
-            # Otherwise the same attempt goes on: this process lives, and a conflict is nobody's crash.
-            self._charges.pop(delivery.place)
+        if outcome.moved:
+            # Otherwise the same attempt goes on: this process lives, and a conflict is nobody's crash, nor is it when
+            # there is no room to set the message aside.
+            self._charges.pop(delivery.place, None)
         return outcome
 
     def _charge(self, batch: Batch, delivery: Delivery) -> Outcome:
@@ -280,9 +293,7 @@ class Executor:
             self._charges[delivery.place] = attempts, crashes - 1
             return Outcome()
 
-        outcome = self._unit.attempt(f"{delivery.record} may have ended a process", charge)
-        if outcome.error is not None:
-            raise outcome.error
+        outcome = self._unit.certain(f"{delivery.record} may have ended a process", charge)
         events.emit("consume.charged", record=delivery.record)
         return outcome
 

@@ -95,8 +95,8 @@ class Ownership:
         """Forget the claims; only local state, no transaction is open here and none is opened."""
         for partition in partitions:
             claim = self.claims.pop(partition, None)
-            if claim is not None:
-                self._left.append(claim)
+            if claim is not None and partition not in self._careful:
+                self._left.append(claim)  # otherwise the next owner is to go on being careful
             self._waiting.pop(partition, None)
             self._careful.pop(partition, None)
 
@@ -176,10 +176,11 @@ class Ownership:
 
     def release(self) -> None:
         """Leave cleanly; best effort, a crash leaves the owner's name in the row and nothing else."""
-        if self.claims:
+        harmless = [claim for partition, claim in self.claims.items() if partition not in self._careful]
+        if harmless:
             with self._connection.begin("release the partitions") as connection:
-                self._positions.release(connection, self._stream, self.claims.values())
-            self.claims.clear()
+                self._positions.release(connection, self._stream, harmless)
+        self.claims.clear()
 
     # --- claiming ---
 

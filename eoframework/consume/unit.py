@@ -22,7 +22,7 @@ from eoframework.db.position import Claim, Positions, Stream
 from eoframework.db.processed import ProcessedMessages
 from eoframework.db.session import Connection
 from eoframework.db.unit_of_work import WorkerConnection
-from eoframework.errors import ConfigurationError, DecodeError, FailClosed, Fenced, LostConnection, Retryable
+from eoframework.errors import ConfigurationError, DecodeError, FailClosed, Fenced, LostConnection, Permanent, Retryable
 from eoframework.failures import words
 from eoframework.handlers import Handler
 from eoframework.keys import lane_of_key
@@ -82,6 +82,8 @@ class Unit:
     def certain(self, what: str, work: Callable[[Connection], Outcome]) -> Outcome:
         """As `attempt`, for work that calls no handler: an error of it is ours, and is raised."""
         outcome = self.attempt(what, work)
+        if isinstance(outcome.error, Permanent):
+            raise FailClosed(outcome.error.what, remedy="No message was run. Is the database what it was?")
         if outcome.error is not None:
             raise outcome.error
         return outcome

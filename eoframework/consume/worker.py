@@ -39,6 +39,7 @@ _LONGEST_BACKOFF = 5.0
 # Parked messages get this share of the time that batches take, and at least so many seconds a step.
 _DRAIN_SHARE = 0.15
 _DRAIN_LEAST = 0.01
+_DRAIN_IDLE = 1.0
 
 
 class ConsumeWorker:
@@ -122,7 +123,8 @@ class ConsumeWorker:
 
     def drained(self) -> bool:
         """Every partition assigned to us has been processed to its end."""
-        if self._consumer is None or self._ownership.waiting or self._drain.busy or self._retry_at:
+        waits = any(not isinstance(self._blocked[p].error, ParkingFull) for p in self._retry_at if p in self._blocked)
+        if self._consumer is None or self._ownership.waiting or self._drain.busy or waits:
             return False
         claimed = set(self._ownership.claims)
         return bool(claimed) and claimed <= self._consumer.ended.keys() | set(self._blocked)
@@ -161,7 +163,8 @@ class ConsumeWorker:
             self._topic_asked = self._ownership.ask_topic()
             careful = self._ownership.careful() & touched
             self._apply(consumer, self._executor.execute(records, claims, careful), records)
-        self._drain_parked(consumer, max(_DRAIN_LEAST, _DRAIN_SHARE * (clock.monotonic() - started)))
+        busy = clock.monotonic() - started
+        self._drain_parked(consumer, max(_DRAIN_LEAST, _DRAIN_SHARE * busy) if records else _DRAIN_IDLE)
         self._keep_house(consumer)
         return 0.0
 
@@ -170,7 +173,7 @@ class ConsumeWorker:
         if outcome.fenced:
             self._give_way(consumer, outcome.fenced)
         if outcome.trouble is not None:
-            self._recover(consumer, outcome.trouble)
+            self._recover(consumer, outcome.trouble, "The parked message")
 
     def _fetch(self, consumer: GroupConsumer) -> list[Record]:
         try:
@@ -227,7 +230,7 @@ class ConsumeWorker:
             self._give_way(consumer, outcome.fenced)
         if outcome.trouble is not None:
             self._limit = max(1, len(records) // 2)
-            self._recover(consumer, outcome.trouble)
+            self._recover(consumer, outcome.trouble, f"The batch (now {self._limit} messages at a time)")
         self._rewind_rest(consumer, records)
         for failure in outcome.failed.values():
             self._block(consumer, failure)
@@ -241,7 +244,7 @@ class ConsumeWorker:
 
     def _give_way(self, consumer: GroupConsumer, partitions: set[int]) -> None:
         log.warning(
-            "%s: fenced on partitions %s: another worker has claimed them; nothing of this batch was written",
+            "%s: fenced on partitions %s: another worker has claimed them; nothing more was written there",
             self.name,
             sorted(partitions),
         )
@@ -249,7 +252,7 @@ class ConsumeWorker:
         consumer.pause(partitions)
         self._ownership.fenced(partitions)
 
-    def _recover(self, consumer: GroupConsumer, trouble: Retryable) -> None:
+    def _recover(self, consumer: GroupConsumer, trouble: Retryable, what: str) -> None:
         """Run the same again (a batch smaller: it meets fewer rows of others and fits into shorter timeouts).
 
         After a lost connection the rows are read first.
@@ -259,9 +262,7 @@ class ConsumeWorker:
             consumer.pause(self._ownership.claims)
             self._ownership.in_doubt()
             return
-        log.warning(
-            "%s: %s The batch was rolled back and runs again, %d messages at a time", self.name, trouble, self._limit
-        )
+        log.warning("%s: %s %s was rolled back and runs again", self.name, trouble, what)
         clock.wait(self._draining, self._rerun_pause.next())
 
     def _grow(self) -> None:
@@ -282,15 +283,17 @@ class ConsumeWorker:
         if failure.retry_in is not None:
             self._wait_for(consumer, partition, failure, failure.retry_in)
             return
+        text = f": {failure.error}" if self._settings.failure_text else ""
         error = HandlerFailed(
-            f"{self._handler.group} failed at {failure.record}: {type(failure.error).__name__}: {failure.error}.",
+            f"{self._handler.group} failed at {failure.record}: {type(failure.error).__name__}{text}.",
             remedy="Everything before it is committed; it and what follows in its partition wait. Mend the handler or "
             "the data and start again.",
         )
         events.emit("consume.failed", record=failure.record, error=failure.error)
+        cause = failure.error if self._settings.failure_text else None
         if self._settings.on_failure == "stop":
-            raise error from failure.error
-        log.error("%s Its partition is paused; the others go on", error, exc_info=failure.error)
+            raise error from cause
+        log.error("%s Its partition is paused; the others go on", error, exc_info=cause)
         self._blocked[partition] = failure
         consumer.pause([partition])
 

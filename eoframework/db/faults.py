@@ -8,15 +8,26 @@ from contextlib import contextmanager
 import psycopg
 from sqlalchemy import exc
 
-from eoframework.errors import Conflict, EoError, LostConnection, Permanent, Retryable, SchemaOutOfDate
+from eoframework.errors import (
+    Conflict,
+    EoError,
+    FailClosed,
+    IdledTooLong,
+    LostConnection,
+    Permanent,
+    Retryable,
+    SchemaOutOfDate,
+    TimedOut,
+)
 
-# Class 08 and the shutdown codes of class 57: the server went away; 25P03/25P04/57P05: it ended our session.
-_LOST = frozenset({"57P01", "57P02", "57P03", "25P04", "57P05"})
+# Class 08 and the shutdown codes of class 57: the server went away; 25P03/25P04/57P05: it ended our session. 25006: it
+# has become read-only, a standby that we are still connected to.
+_LOST = frozenset({"57P01", "57P02", "57P03", "25P04", "57P05", "25006"})
 _IDLE_TOO_LONG = "25P03"
 # Serialization failure, deadlock, lock not available, and out of shared lock table: rolled back by the server, a
 # smaller run will pass.
 _CONFLICT = frozenset({"40001", "40P01", "55P03", "53200"})
-_RETRYABLE = frozenset({"57014"})  # statement timeout
+_STATEMENT_TIMEOUT = "57014"
 _RETRYABLE_CLASSES = ("53",)  # insufficient resources: disk full, too many connections
 
 
@@ -32,6 +43,18 @@ def classified(what: str) -> Iterator[None]:
         raise classify(error, what) from error
 
 
+@contextmanager
+def blameless(what: str) -> Iterator[None]:
+    """Run statements of ours that come before a handler's: no message is to blame for what they meet."""
+    try:
+        yield
+    except (exc.SQLAlchemyError, psycopg.Error) as error:
+        known = classify(error, what)
+        if isinstance(known, Permanent):
+            raise FailClosed(known.what, remedy="No message was run. Is the database what it was?") from error
+        raise known from error
+
+
 def classify(error: Exception, what: str) -> EoError:
     """The error of our tree that says what to do about a database error."""
     sqlstate = sqlstate_of(error)
@@ -43,7 +66,7 @@ def classify(error: Exception, what: str) -> EoError:
             return LostConnection(f"{what}: the connection to PostgreSQL was lost ({detail}).")
         return Permanent(f"{what}: {detail}")
     if sqlstate == _IDLE_TOO_LONG:
-        return LostConnection(
+        return IdledTooLong(
             f"{what}: PostgreSQL ended the transaction because nothing was done in it for too long.",
             remedy="A handler may not wait longer than EO_IDLE_IN_TRANSACTION_TIMEOUT between two statements.",
         )
@@ -51,7 +74,12 @@ def classify(error: Exception, what: str) -> EoError:
         return LostConnection(f"{what}: PostgreSQL ended the connection ({sqlstate}: {detail}).")
     if sqlstate in _CONFLICT:
         return Conflict(f"{what}: rolled back by PostgreSQL ({sqlstate}: {detail}).")
-    if sqlstate in _RETRYABLE or sqlstate.startswith(_RETRYABLE_CLASSES):
+    if sqlstate == _STATEMENT_TIMEOUT:
+        return TimedOut(
+            f"{what}: PostgreSQL ended a statement that took too long ({detail}).",
+            remedy="No statement may take longer than EO_STATEMENT_TIMEOUT.",
+        )
+    if sqlstate.startswith(_RETRYABLE_CLASSES):
         return Retryable(f"{what}: PostgreSQL could not do it now ({sqlstate}: {detail}).")
     if sqlstate in {"3F000", "42P01"} and '"eo' in detail:
         return SchemaOutOfDate(f"{what}: {detail}.", remedy="Run: eo db upgrade")

@@ -162,6 +162,10 @@ class Parking:
         """Note how often its process died, before it runs."""
         self._one(connection, _CHARGE, stream, parked, {"crashes": crashes})
 
+    def postpone(self, connection: Connection, stream: Stream, lane: Lane, wait: float) -> None:
+        """Let other lanes go first for so many seconds."""
+        self._all(connection, _WAIT, {**stream.key(), **_lane(lane), "wait": wait, "held": False}, rows=False)
+
     def failed(self, connection: Connection, stream: Stream, parked: Parked, cause: Cause, *, wait: float) -> None:
         """It failed again (`parked` has the new counts); the lane waits."""
         values = {"attempts": parked.attempts, "crashes": parked.crashes, **_cause(cause)}

@@ -42,9 +42,13 @@ class Rig:
         headers = (("message-id", identity.encode()),) if identity else ()
         return Record(self._topic, partition, offset, key, value, headers, 0)
 
-    def run(self, records: Sequence[Record]) -> Outcome:
+    def limit_time(self, seconds: float) -> None:
+        """What the next batches may take."""
+        self._executor._budget = seconds
+
+    def run(self, records: Sequence[Record], careful: Collection[int] = ()) -> Outcome:
         claims = {r.partition: self.claims[r.partition] for r in records}
-        outcome = self._executor.execute(records, claims)
+        outcome = self._executor.execute(records, claims, careful)
         for partition, offset in outcome.moved.items():
             self.claims[partition] = self.claims[partition].moved(offset)
         return outcome
