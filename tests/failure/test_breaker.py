@@ -158,7 +158,9 @@ def test_a_worker_stops_with_70_and_goes_on_once_mended(
         caplog.clear()
         assert scalar(database.engine, "SELECT count(*) FROM eo.dead_letter") <= 5
     assert run_once(_deployed(settings, database, name, topic, broken=False)) == 0
-    assert column(database.engine, "SELECT note::int FROM ledger ORDER BY 1") == list(range(40))
+    dead = column(database.engine, "SELECT (convert_from(payload, 'UTF8')::json ->> 'n')::int FROM eo.dead_letter")
+    assert len(dead) <= 5, "how many depends on what the first fetches brought"
+    assert sorted([*column(database.engine, "SELECT note::int FROM ledger"), *dead]) == list(range(40))
 
 
 def _deployed(settings: Settings, database: Database, name: str, topic: str, *, broken: bool) -> App:
