@@ -16,6 +16,7 @@ import logging
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Generic
 
 from typing_extensions import TypeVar
@@ -26,7 +27,7 @@ from eoframework.db.audit import whoever
 from eoframework.db.dead_letter_desk import DeadFilter, DeadGroup, DeadLetter, DeadLetterDesk, LetterGone, Place
 from eoframework.db.lane_desk import LaneDesk, ParkedLane, ParkedMessage
 from eoframework.db.session import Database
-from eoframework.errors import ConfigurationError, DecodeError, EoError, FailClosed, NotFound
+from eoframework.errors import ConfigurationError, Conflict, DecodeError, EoError, FailClosed, NotFound, Retryable
 from eoframework.handlers import Handler
 from eoframework.trial import RowChange, TableChanges, Trial
 
@@ -63,6 +64,7 @@ T = TypeVar("T")
 _ALL = DeadFilter()
 _PREVIEW = 200
 _AT_ONCE = 50
+_TRIES = 5
 _DECODE_ERROR = f"{DecodeError.__module__}.{DecodeError.__qualname__}"
 
 _log = logging.getLogger(__name__)
@@ -340,7 +342,7 @@ def _replay(
             continue
         if not dry_run:
             try:
-                desk.put_back(letter, actor=who)
+                _patiently(partial(desk.put_back, letter, actor=who), letter, len(done.moved), stop)
             except LetterGone:
                 done.gone.append(letter.id)
                 continue
@@ -350,15 +352,33 @@ def _replay(
 
 
 def _discard(desk: DeadLetterDesk, chosen: Sequence[DeadLetter] | Iterator[DeadLetter], who: str) -> list[int]:
-    done = []
+    done: list[int] = []
+    stop = threading.Event()
     for letter in chosen:
         try:
-            desk.discard(letter, actor=who)
+            _patiently(partial(desk.discard, letter, actor=who), letter, len(done), stop)
         except LetterGone:
             continue  # somebody else was faster, and the audit says who
         _log.warning("dead letter %d (%s, %s) discarded: %s", letter.id, letter.consumer, letter.record, letter.cause)
         done.append(letter.id)
     return done
+
+
+def _patiently(change: Callable[[], None], letter: DeadLetter, before: int, stop: threading.Event) -> None:
+    """Change a letter; a deadlock, or a lock that is not to be had, is no reason to leave the others undone."""
+    for tries in range(1, _TRIES + 1):
+        try:
+            return change()
+        except Retryable as error:
+            passing = isinstance(error, Conflict) and tries < _TRIES
+            if passing and not clock.wait(stop, clock.jitter(0.05, 0.3)):
+                _log.warning("%s It is as it was, and tried again.", error.what)
+                continue
+            raise Retryable(
+                f"{error.what} Dead letter {letter.id} was given up after {tries} tries; {before} before it were done.",
+                remedy="Say it again for the rest.",
+            ) from error
+    return None
 
 
 def _page(found: Sequence[T], limit: int, cursor: Callable[[T], str]) -> Page[T]:

@@ -6,8 +6,7 @@ its lane could meet a batch that holds the lane and waits for the id.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime
 from typing import Any
@@ -18,7 +17,6 @@ from sqlalchemy import Connection
 from eoframework import events
 from eoframework.db import audit
 from eoframework.db.external_calls import ExternalCallRows
-from eoframework.db.faults import classified
 from eoframework.db.outbox import decode_headers
 from eoframework.db.parking import Parking, Waiting
 from eoframework.db.position import Stream
@@ -244,7 +242,7 @@ class DeadLetterDesk:
 
         On a crash: it is a dead letter or a parked message, never both and never neither. Raises LetterGone.
         """
-        with self._changing(f"replaying dead letter {letter.id}") as connection:
+        with self._database.brief(f"replaying dead letter {letter.id}") as connection:
             lane = _lane(letter)
             self._run(connection, _LOCK_OR_OPEN, {**lane, "key": letter.record.key}, rows=False)
             # It may have died once more since the letter was read.
@@ -264,7 +262,7 @@ class DeadLetterDesk:
 
         On a crash: all of it happened, or nothing. Raises LetterGone.
         """
-        with self._changing(f"discarding dead letter {letter.id}") as connection:
+        with self._database.brief(f"discarding dead letter {letter.id}") as connection:
             lane = _lane(letter)
             self._run(connection, _LOCK, lane)
             holds = self._take(connection, letter).holds
@@ -296,14 +294,6 @@ class DeadLetterDesk:
         }
         schema = self._database.schema
         audit.record(connection, schema, actor=actor, action=action, subject=_subject(letter.id), detail=detail)
-
-    @contextmanager
-    def _changing(self, what: str) -> Iterator[Connection]:
-        # Under another isolation level than this, what is read after a lock was waited for is from before it.
-        with classified(what), self._database.engine.connect() as connection:
-            connection.execution_options(isolation_level="READ COMMITTED")
-            with connection.begin():
-                yield connection
 
     def _letters(
         self, conditions: str, order: str, values: dict[str, object], limit: int, preview: int

@@ -109,7 +109,7 @@ class ExternalDesk:
         return self._change(id, "external.not_done", _NOT_DONE, {})
 
     def _change(self, call_id: int, action: str, sql: str, values: Mapping[str, object]) -> CallLine:
-        with self._database.begin(f"resolving external call {call_id}") as connection:
+        with self._database.brief(f"resolving external call {call_id}") as connection:
             found = self._run(connection, _ONE, {"id": call_id})
             if not found:
                 raise NotFound(f"there is no external call {call_id}.", remedy="See: eo external ls --all")

@@ -17,14 +17,6 @@ from sqlalchemy import Connection
 from eoframework.db.session import Database
 from eoframework.schema import Schema
 
-# A claim that a crash of the server takes back would let the same call be made twice without anybody knowing.
-# idle_in_transaction: a process frozen here holds the row that its successor waits for.
-_SETTINGS = """
-SELECT set_config('statement_timeout', '10s', true), set_config('lock_timeout', '5s', true),
-    set_config('idle_in_transaction_session_timeout', '4s', true), set_config('synchronous_commit',
-        CASE WHEN current_setting('synchronous_commit') IN ('off', 'local') THEN 'on'
-             ELSE current_setting('synchronous_commit') END, true)
-"""
 _ONE = "consumer_id = %(consumer_id)s AND message_id = %(message_id)s AND name = %(name)s"
 _MINE = f"{_ONE} AND fence = %(fence)s AND done_at IS NULL"
 _PROCESSED = """
@@ -134,8 +126,9 @@ class ExternalCallRows:
     @contextmanager
     def begin(self, database: Database, what: str) -> Iterator[Connection]:
         """A transaction that is not the worker's: committed before the call begins, or after it ended."""
-        with database.begin(what) as connection:
-            connection.exec_driver_sql(_SETTINGS)
+        # Durable: a claim that a crash of the server takes back would let the same call be made twice without anybody
+        # knowing.
+        with database.brief(what) as connection:
             yield connection
 
     def claim(

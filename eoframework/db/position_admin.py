@@ -27,6 +27,8 @@ SELECT FROM {eo}.position p JOIN {eo}.consumer c ON c.id = p.consumer_id WHERE c
     AND (%(partition)s::int IS NULL OR p.topic_id = %(topic_id)s AND p.partition = %(partition)s)
 ORDER BY p.topic_id, p.partition FOR UPDATE OF p
 """
+_BATCH = 60.0
+"""Seconds; longer than a batch holds its positions."""
 # epoch + 1 fences whoever holds the partition; that worker claims again and starts at the new offset.
 _SET = """
 UPDATE {eo}.position p SET next_offset = %(offset)s, epoch = epoch + 1 FROM {eo}.consumer c
@@ -85,13 +87,13 @@ class PositionAdmin:
     def move(self, line: PositionLine, offset: int) -> int:
         """Set the position and fence its owner; returns the new epoch. On a crash: moved or not, never half."""
         place = {"topic_id": line.topic_id, "partition": line.partition}
-        with self._database.begin(f"moving the position of {line.consumer}") as connection:
+        with self._database.brief(f"moving the position of {line.consumer}", lock_wait=_BATCH) as connection:
             self._remember(connection, line.consumer, place)
             return int(self._run(connection, _SET, {"consumer": line.consumer, **place, "offset": offset})[0][0])
 
     def forget(self, consumer: str) -> int | None:
         """Delete all positions of the consumer; returns how many there were, None without such a consumer."""
-        with self._database.begin(f"forgetting the positions of {consumer}") as connection:
+        with self._database.brief(f"forgetting the positions of {consumer}", lock_wait=_BATCH) as connection:
             self._remember(connection, consumer, {"topic_id": None, "partition": None})
             positions, consumers = self._run(connection, _FORGET, {"consumer": consumer})[0]
             return int(positions) if consumers else None

@@ -17,6 +17,17 @@ __all__ = ["Connection", "Database", "SessionFactory", "open_database"]
 
 SessionFactory = sessionmaker[Session]
 
+# What an operator or a call beside the batch locks, batches wait for. idle_in_transaction: a process stopped between
+# two statements (Ctrl-Z, a laptop that sleeps) would hold them for as long as it is stopped, and it is below the
+# lock_timeout of the workers, so that they wait and do not fail. Durable, whatever the database's default: a change
+# that a crash of the server takes back has been reported as done.
+_BRIEF = """
+SELECT set_config('statement_timeout', %(statement)s, true), set_config('lock_timeout', %(lock)s, true),
+    set_config('idle_in_transaction_session_timeout', '4s', true), set_config('synchronous_commit',
+        CASE WHEN current_setting('synchronous_commit') IN ('off', 'local') THEN 'on'
+             ELSE current_setting('synchronous_commit') END, true)
+"""
+
 
 @dataclass(frozen=True)
 class Database:
@@ -37,6 +48,21 @@ class Database:
         """One short transaction; errors leave classified (db/faults.py), `what` names the work in their message."""
         with classified(what), self.engine.begin() as connection:
             yield connection
+
+    @contextmanager
+    def brief(self, what: str, *, lock_wait: float = 5) -> Iterator[Connection]:
+        """A durable transaction that holds no lock for long, whatever happens to this process; READ COMMITTED.
+
+        On a crash: nothing of it happened, unless its COMMIT did. Raises Conflict when a lock is not to be had within
+        `lock_wait` seconds, LostConnection when the process was stopped in the middle; either way it was rolled back.
+        """
+        timeouts = {"lock": f"{lock_wait:.0f}s", "statement": f"{lock_wait + 5:.0f}s"}
+        # Under another isolation level than this, what is read after a lock was waited for is from before it.
+        with classified(what), self.engine.connect() as connection:
+            connection.execution_options(isolation_level="READ COMMITTED")
+            with connection.begin():
+                connection.exec_driver_sql(_BRIEF, timeouts)
+                yield connection
 
 
 # A host that vanished (no reset, no answer) would hold a worker for minutes or hours: statement_timeout is the

@@ -39,8 +39,12 @@ class Graveyard:
         self, offset: int, *, key: bytes | None = b"a", do: str = "", partition: int = 0, **changes: Any
     ) -> Record:
         value = json.dumps({"order_id": offset, "do": do}).encode()
-        given = {"value": value, "headers": (("trace", b"1"),), "timestamp": 1_700_000_000_000} | changes
-        return Record(self.stream.topic, partition, offset, key, **given)
+        given: dict[str, Any] = {
+            "value": value,
+            "headers": (("trace", b"1"),),
+            "timestamp": 1_700_000_000_000,
+        } | changes
+        return Record(self.stream.topic, partition, offset, key, **given | changes)
 
     def bury(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import uuid
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from eoframework.db.parking import Parking
 from eoframework.db.processed import ProcessedMessages
 from eoframework.db.reprocessing import Reprocessing
 from eoframework.db.session import Database
-from eoframework.errors import ConfigurationError, EoError, FailClosed, NotFound
+from eoframework.errors import ConfigurationError, Conflict, EoError, FailClosed, NotFound, Retryable
 from eoframework.settings import Settings
 from tests.failure.dead_shop import Order
 from tests.failure.graveyard import Graveyard
@@ -213,6 +214,79 @@ def test_no_deadlock_with_a_batch_that_meets_the_same_message(graveyard: Graveya
     thread.join(20)
     assert results[0].moved == [number]
     assert graveyard.parked() == [5, 8]
+
+
+def test_a_command_that_is_stopped_in_the_middle_holds_no_lane(graveyard: Graveyard, app: App) -> None:
+    """As by Ctrl-Z. Seen to fail (lock timeout here) without `_BRIEF` in Database.brief: every batch with that key
+    would have waited for as long as the command was stopped.
+    """
+    number = graveyard.bury(5)
+    graveyard.park(8, wait=3600)
+    stopped, go = threading.Event(), threading.Event()
+
+    def stop(name: str, _fields: dict[str, object]) -> None:
+        if name == "replay.moving":
+            stopped.set()
+            assert go.wait(60)
+
+    unsubscribe = events.subscribe(stop)
+    raised: list[BaseException] = []
+
+    def replay() -> None:
+        with pytest.raises(Retryable) as failed:
+            dead.replay(app, [number])
+        raised.append(failed.value)
+
+    thread = threading.Thread(target=replay)
+    thread.start()
+    try:
+        assert stopped.wait(20)
+        with graveyard.database.begin("batch") as connection:
+            connection.exec_driver_sql("SET LOCAL lock_timeout = '12s'")
+            lane = (0, graveyard.lane(graveyard.record(5)))
+            assert Parking(graveyard.database.schema).shut(connection, graveyard.stream, {lane}) == {lane}
+    finally:
+        go.set()
+        thread.join(20)
+        unsubscribe()
+    assert f"replaying dead letter {number}" in str(raised[0])
+    assert dead.find(app.database, number).id == number
+    assert graveyard.parked() == [8]
+
+
+def deadlocks(graveyard: Graveyard, number: int, *, times: int) -> None:
+    """The server ends whatever changes this letter, so many times."""
+    graveyard.execute(
+        f"""CREATE SEQUENCE victims; CREATE FUNCTION deadlock() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+            IF nextval('victims') <= {times} THEN
+                RAISE EXCEPTION 'deadlock detected' USING ERRCODE = 'deadlock_detected';
+            END IF;
+            RETURN new;
+        END $$;
+        CREATE TRIGGER deadlock BEFORE INSERT ON eo.audit FOR EACH ROW
+            WHEN (new.subject = 'dead_letter/{number}') EXECUTE FUNCTION deadlock()"""
+    )
+
+
+@pytest.mark.parametrize("discard", [False, True], ids=["replay", "discard"])
+def test_a_deadlock_does_not_end_it_half_way(graveyard: Graveyard, app: App, *, discard: bool) -> None:
+    """Seen to fail without the loop in `_patiently`: the first letter was done, the third never tried."""
+    numbers = [graveyard.bury(offset) for offset in (5, 6, 7)]
+    deadlocks(graveyard, numbers[1], times=2)
+    done = dead.discard_all(app.database) if discard else dead.replay_all(app).moved
+    assert done == numbers
+    assert graveyard.parked() == ([] if discard else [5, 6, 7])
+
+
+@pytest.mark.parametrize("discard", [False, True], ids=["replay", "discard"])
+def test_deadlocks_without_end_end_it_with_what_was_done(graveyard: Graveyard, app: App, *, discard: bool) -> None:
+    numbers = [graveyard.bury(offset) for offset in (5, 6, 7)]
+    deadlocks(graveyard, numbers[1], times=1000)
+    change = partial(dead.discard, app.database) if discard else partial(dead.replay, app)
+    with pytest.raises(Retryable, match=rf"dead letter {numbers[1]}.*deadlock.*1 before it.*Say it again") as ended:
+        change(numbers)
+    assert isinstance(ended.value.__cause__, Conflict)
+    assert [row[0] for row in graveyard.rows("SELECT id FROM eo.dead_letter ORDER BY id")] == numbers[1:]
 
 
 # --- refusals ---
