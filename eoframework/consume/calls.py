@@ -239,7 +239,8 @@ class HandlerCalls:
         Unless something ran that now has to wait: a later message of its key, or of its partition where that stops.
         """
         culprits = Culprits({ready[index].place: error for index, error in errors.items()})
-        if errors and not self._handler.policy.parks:
+        lanes = {ready[index].lane for index in errors}
+        if errors and (not self._handler.policy.parks or any(d.lane in lanes for d in (*walk.fallen, *walk.behind))):
             raise culprits
         for index, delivery in enumerate(ready):
             if index in errors:

@@ -70,12 +70,16 @@ class Drain:
         """Whether due messages were left over."""
         return bool(self._lanes) or self._more
 
-    def run(self, claims: Mapping[int, Claim], careful: Collection[int], *, seconds: float) -> Outcome:
-        """Run due messages of these partitions for about so long; nothing of a position moves."""
-        if not claims.keys() <= self._owns:
+    def run(self, claims: Mapping[int, Claim], unclean: Collection[int], *, seconds: float) -> Outcome:
+        """Run due messages of these partitions for about so long; nothing of a position moves.
+
+        `unclean`: partitions that their last owner did not release.
+        """
+        new = claims.keys() - self._owns
+        if new:
             self._next_look = 0.0  # what waits in a partition just claimed was not seen yet
         self._owns = set(claims)
-        self._fearful = (self._fearful | set(careful)) & claims.keys()
+        self._fearful = (self._fearful | (new & set(unclean))) & claims.keys()
         total = self._look(claims)
         self._credit += seconds
         started = clock.monotonic()

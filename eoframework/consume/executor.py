@@ -59,6 +59,8 @@ class Executor:
         self._wary = 0
         self._charges: dict[Place, tuple[int, int]] = {}
         """Messages already charged by this process with a crash, and their counts before."""
+        self._tidied: dict[int, int] = {}
+        """Partitions, and the epoch in which nothing is left there of the last owner's charges."""
 
     # --- 1. decode ---
 
@@ -121,6 +123,7 @@ class Executor:
             self._wary -= 1
         if outcome.trouble is not None and len(batch.deliveries) == 1:
             self._unit.failures.troubled(batch.deliveries[0].place, outcome.trouble)
+        self._tidied.update({partition: batch.claims[partition].epoch for partition in outcome.moved})
         return outcome
 
     def _work(self, connection: Connection, batch: Batch) -> Outcome:
@@ -311,7 +314,9 @@ class Executor:
         return counted
 
     def _forget_attempts(self, connection: Connection, done: Batch) -> None:
-        if self._policy.ordering == "partition" or self._charges:
+        # What the last owner had charged when it died stands at the first offset that we process.
+        inherited = any(c.unclean and self._tidied.get(p) != c.epoch for p, c in done.claims.items())
+        if self._policy.ordering == "partition" or self._charges or inherited:
             self._attempts.clear(connection, self._unit.stream, [delivery.record for delivery in done.deliveries])
 
 

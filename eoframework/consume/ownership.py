@@ -57,7 +57,7 @@ class Ownership:
         self._left: list[Claim] = []
         """Claims on partitions that went to others: to be released, so that those need not fear a crash."""
         self._careful: dict[int, int] = {}
-        """Partitions whose last owner may have died of a message, and for how many deliveries to be careful."""
+        """Partitions whose owners die without getting on, and for how many deliveries to be careful."""
         self._waiting: dict[int, tuple[float, Claim | None]] = {}
         """Assigned, paused, not ours: when to claim, and the claim to renew if its outcome is in doubt."""
 
@@ -95,8 +95,8 @@ class Ownership:
         """Forget the claims; only local state, no transaction is open here and none is opened."""
         for partition in partitions:
             claim = self.claims.pop(partition, None)
-            if claim is not None and partition not in self._careful:
-                self._left.append(claim)  # otherwise the next owner is to go on being careful
+            if claim is not None:
+                self._left.append(claim)
             self._waiting.pop(partition, None)
             self._careful.pop(partition, None)
 
@@ -105,6 +105,10 @@ class Ownership:
     def careful(self) -> set[int]:
         """Partitions of which any message may end the process."""
         return self._careful.keys() & self.claims.keys()
+
+    def unclean(self) -> set[int]:
+        """Partitions whose last owner died: perhaps of a parked message, which moves no position."""
+        return {partition for partition, claim in self.claims.items() if claim.unclean}
 
     def survived(self, partition: int, deliveries: int) -> None:
         """So many more deliveries of it did no harm."""
@@ -176,11 +180,10 @@ class Ownership:
 
     def release(self) -> None:
         """Leave cleanly; best effort, a crash leaves the owner's name in the row and nothing else."""
-        harmless = [claim for partition, claim in self.claims.items() if partition not in self._careful]
-        if harmless:
+        if self.claims:
             with self._connection.begin("release the partitions") as connection:
-                self._positions.release(connection, self._stream, harmless)
-        self.claims.clear()
+                self._positions.release(connection, self._stream, self.claims.values())
+            self.claims.clear()
 
     # --- claiming ---
 
@@ -207,7 +210,7 @@ class Ownership:
             self._terminate_holder(partition)
             claim = self._take(partition, offsets)
         self.claims[partition] = claim  # close() releases it if the range is refused
-        if claim.unclean:
+        if claim.stuck:
             self._careful[partition] = self._careful_for
         self._check_range(claim)
         if _is_foreign(partition, offsets):

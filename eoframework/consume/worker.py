@@ -169,7 +169,7 @@ class ConsumeWorker:
         return 0.0
 
     def _drain_parked(self, consumer: GroupConsumer, seconds: float) -> None:
-        outcome = self._drain.run(self._ownership.claims, self._ownership.careful(), seconds=seconds)
+        outcome = self._drain.run(self._ownership.claims, self._ownership.unclean(), seconds=seconds)
         if outcome.fenced:
             self._give_way(consumer, outcome.fenced)
         if outcome.trouble is not None:

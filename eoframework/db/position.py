@@ -47,12 +47,13 @@ SELECT %(consumer_id)s, %(topic_id)s, %(partition)s, %(topic)s, %(cluster_id)s, 
 FROM pg_stat_activity a WHERE a.pid = pg_backend_pid() AND EXISTS (SELECT FROM {eo}.position
     WHERE consumer_id = %(consumer_id)s AND topic_id = %(topic_id)s)
 ON CONFLICT (consumer_id, topic_id, partition) DO UPDATE SET epoch = p.epoch + 1, owner = excluded.owner,
+    unclean_at = CASE WHEN %(unclean)s THEN p.next_offset END,
     backend_pid = excluded.backend_pid, backend_start = excluded.backend_start, claimed_at = excluded.claimed_at
 RETURNING next_offset, epoch
 """
 _HOLDER = """
-SELECT owner FROM {eo}.position WHERE consumer_id = %(consumer_id)s AND topic_id = %(topic_id)s
-    AND partition = %(partition)s FOR NO KEY UPDATE
+SELECT owner, next_offset = unclean_at FROM {eo}.position
+WHERE consumer_id = %(consumer_id)s AND topic_id = %(topic_id)s AND partition = %(partition)s FOR NO KEY UPDATE
 """
 _RECLAIM = """
 UPDATE {eo}.position SET epoch = epoch + 1, backend_pid = a.pid, backend_start = a.backend_start,
@@ -127,6 +128,9 @@ class Claim:
     next_offset: int
     unclean: bool = False
     """The owner before us did not release it: it may have died of a message."""
+    stuck: bool = False
+    """And so did the one before, at the same offset: a message that ends its process lets nobody get on, while a
+    process that was killed for another reason has nearly always moved the position."""
 
     def moved(self, next_offset: int) -> Claim:
         return replace(self, next_offset=next_offset)
@@ -186,13 +190,14 @@ class Positions:
         """
         values = {**stream.row(), "partition": partition, "owner": owner}
         holder = self._all(connection, "holder", values)
-        found = self._all(connection, "claim", values)
+        unclean = bool(holder) and holder[0][0] not in {None, owner}
+        found = self._all(connection, "claim", {**values, "unclean": unclean})
         if not found:
             raise RestartNeeded(
                 f"{stream.consumer}: its positions were forgotten while it started.", remedy="Start it again."
             )
-        unclean = bool(holder) and holder[0][0] not in {None, owner}
-        return Claim(partition, epoch=found[0][1], next_offset=found[0][0], unclean=unclean)
+        stuck = unclean and bool(holder[0][1])
+        return Claim(partition, epoch=found[0][1], next_offset=found[0][0], unclean=unclean, stuck=stuck)
 
     def claim_again(self, connection: Connection, stream: Stream, claim: Claim) -> Claim | None:
         """Renew our own claim after a doubt, None when somebody else has taken over meanwhile.

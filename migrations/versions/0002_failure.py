@@ -112,6 +112,8 @@ def _statements(eo: str) -> list[str]:
         f"ALTER TABLE {eo}.processed_message ALTER COLUMN first_at SET DEFAULT now()",
         # Dead letters in a row, without a success between: what the breaker of a restarted worker goes on from.
         f"ALTER TABLE {eo}.consumer ADD COLUMN dead_run integer NOT NULL DEFAULT 0",
+        # Where a partition stood when it was last taken over from an owner that had not released it.
+        f"ALTER TABLE {eo}.position ADD COLUMN unclean_at bigint",
         f"""
         CREATE TABLE {eo}.audit (
             id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
@@ -200,6 +202,7 @@ def downgrade() -> None:
     for table in tables.split():
         op.execute(f"DROP TABLE {eo}.{table}")
     op.execute(f"ALTER TABLE {eo}.consumer DROP COLUMN dead_run")
+    op.execute(f"ALTER TABLE {eo}.position DROP COLUMN unclean_at")
     op.execute(f"ALTER TABLE {eo}.processed_message DROP COLUMN first_at")
     op.execute(f"DROP INDEX {eo}.dead_letter_outbox")
     columns = (

@@ -83,15 +83,17 @@ def supervised(
 
 @pytest.mark.parametrize("name", FATES)
 def test_it_dies_after_its_attempts_and_the_others_run_once(name: str, supervised: dict[str, Supervised]) -> None:
-    """The first time it takes its batch along and nobody is charged; then it is alone, and counted before it runs.
+    """Twice it takes its batch along and nobody is charged; then it is alone, and counted before it runs.
 
-    "parked": it only kills when it is drained from its lane. "decoded": its codec kills.
+    Only at the second death at one offset is it suspected; what is fetched of the messages before it may at first come in
+    two batches. "parked": it only kills when it is drained from its lane, alone from the beginning. "decoded": its codec kills.
     Seen to fail with Claim.unclean always False (for ever), without `Parking.charge` ("parked", for ever), and with the
     message decoded before it is charged, or although it is to be given up ("decoded", for ever).
     """
     one = supervised[name]
     code = -signal.SIGSEGV if name == "segfault" else 1
-    assert one.deaths == [code] * (CRASHES + 1)
+    assert set(one.deaths) == {code}
+    assert len(one.deaths) - CRASHES in ({1} if name == "parked" else {2, 3})
     one.scene.check()
     (told,) = one.scene._rows("SELECT error_class, crashes, cause FROM eo.dead_letter")
     assert told[:2] == ("eoframework.errors.ProcessDied", CRASHES)

@@ -206,6 +206,7 @@ def test_a_conflict_in_a_drain_is_no_attempt(app: App) -> None:
     bench.broken = {0: lambda message, tx: tx.session.execute(CONFLICT)}
     for _ in range(5):
         assert isinstance(bench.drain().trouble, Conflict)
+        bench.make_due()
     assert bench.parked() == [(0, 1, 0), (1, 0, 0)]
     bench.broken = {}
     bench.drain()
@@ -450,7 +451,7 @@ def test_two_workers_at_one_lane(app: App) -> None:
 
     thread = threading.Thread(target=take_over)
     thread.start()
-    assert bench.rig.run_parked(seconds=0).messages == 1
+    assert bench.rig.run_parked(seconds=0.01).messages == 1
     thread.join(20)
     assert bench.drain().fenced == {0}
     bench.broken = {}
