@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import sysconfig
 import traceback
 from dataclasses import dataclass
@@ -45,8 +46,8 @@ class Parked:
     """How often the handler has failed on it."""
     crashes: int = 0
     """How often it was the one in flight when a process died."""
-    age: float = 0.0
-    """Seconds since it first failed."""
+    failed_at: float = math.inf
+    """When it first failed, on this process's monotonic clock."""
 
 
 def cause_of(error: Exception, *, text: bool) -> Cause:

@@ -165,7 +165,7 @@ class Failures:
             parking.remove(connection, self._stream, parked)
             return Outcome(duplicates=1), []
         # What has succeeded since it first failed came between it and those that died before.
-        between = self._succeeded_at > clock.monotonic() - parked.age
+        between = self._succeeded_at > parked.failed_at
         published = self._bury(connection, [(delivery.failed(error), verdict)], ran=[], between=between)
         parking.remove(connection, self._stream, parked, hold=self._policy.after_dead == "hold")
         return Outcome(dead=1), published

@@ -14,6 +14,7 @@ from uuid import UUID
 
 from sqlalchemy import Connection
 
+from eoframework import clock
 from eoframework.db.outbox import decode_headers, encode_headers
 from eoframework.db.position import Stream
 from eoframework.failures import Cause, Parked
@@ -56,7 +57,12 @@ FROM unnest(%(partitions)s::int[], %(lanes)s::uuid[], %(offsets)s::bigint[], %(i
          error_class, fingerprint, error, traceback)
 ON CONFLICT (consumer_id, topic_id, partition, lane, "offset") DO NOTHING
 """
-_COUNT = "SELECT count(*) FROM (SELECT FROM {eo}.parked_message WHERE consumer_id = %(consumer_id)s LIMIT %(limit)s) m"
+# Only of topics that the consumer stands for: what is left of one that was re-created waits for a person, and would
+# take the room of the others for ever.
+_COUNT = """
+SELECT count(*) FROM (SELECT FROM {eo}.parked_message WHERE consumer_id = %(consumer_id)s AND topic_id = ANY(ARRAY(
+    SELECT DISTINCT topic_id FROM {eo}.position WHERE consumer_id = %(consumer_id)s)) LIMIT %(limit)s) m
+"""
 _NEXT = f"""
 SELECT extract(epoch FROM min(due_at) - clock_timestamp()) FROM {{eo}}.parked_key
 WHERE {_HERE} AND partition = ANY(%(partitions)s::int[]) AND NOT held
@@ -138,7 +144,7 @@ class Parking:
         self._all(connection, _PARK, {**stream.row(), **_columns([waiting])}, rows=False)
 
     def count(self, connection: Connection, consumer_id: int, *, limit: int) -> int:
-        """How many messages of the consumer are parked; counts no further than `limit`."""
+        """How many messages of the consumer wait that it may run; counts no further than `limit`."""
         return int(self._all(connection, _COUNT, {"consumer_id": consumer_id, "limit": limit})[0][0])
 
     def next_due(self, connection: Connection, stream: Stream, partitions: Collection[int]) -> float | None:
@@ -155,8 +161,9 @@ class Parking:
         """The lane's first message, with the lane locked; None when it is not due any more."""
         values = {**stream.key(), **_lane(lane)}
         locked = connection.exec_driver_sql(self._schema.sql(_LOCK), values).rowcount
+        asked = clock.monotonic()  # before: what the answer took must not make the failure look later than a success
         found = self._all(connection, _HEAD, values) if locked else []
-        return _parked(found[0]) if found else None
+        return _parked(found[0], asked) if found else None
 
     def charge(self, connection: Connection, stream: Stream, parked: Parked, crashes: int) -> None:
         """Note how often its process died, before it runs."""
@@ -214,11 +221,11 @@ def _lane(lane: Lane) -> dict[str, object]:
     return {"partition": lane[0], "lane": lane[1]}
 
 
-def _parked(row: tuple[Any, ...]) -> Parked:
+def _parked(row: tuple[Any, ...], asked: float) -> Parked:
     lane, topic, partition, offset, key, value, headers, timestamp, unreadable, attempts, crashes, age = row
     stored = tuple(decode_headers(headers))
     record = Record(topic, partition, offset, key, value, stored, timestamp, unreadable)
-    return Parked(lane, record, attempts, crashes, age)
+    return Parked(lane, record, attempts, crashes, asked - age)
 
 
 def _cause(cause: Cause | None) -> dict[str, object]:
