@@ -16,6 +16,8 @@ help: ## Show what there is to make
 demo: $(READY) ## Orders against killed and frozen processes, on a real Kafka and PostgreSQL; then count
 	@$(BIN)/python -m examples.shop.demo
 
+# Hundreds of processes start: where bytecode is switched off, each would compile all it imports.
+test: export PYTHONDONTWRITEBYTECODE =
 test: lint ## Everything: lint, types, import rules, tests (pass T='tests/cli -k once' for some of them)
 	@echo "== tests"
 	@$(BIN)/python -m pytest $(or $(T),-n $(WORKERS) --durations=15)
