@@ -105,6 +105,10 @@ def _statements(eo: str) -> list[str]:
         f"""
         CREATE UNIQUE INDEX dead_letter_place ON {eo}.dead_letter (consumer_id, topic_id, partition, "offset")
             WHERE origin = 'handler'""",
+        # Asked for each letter that is replayed or discarded: whether another one still holds its lane.
+        f"""
+        CREATE INDEX dead_letter_holds ON {eo}.dead_letter (consumer_id, topic_id, partition, lane)
+            WHERE origin = 'handler' AND holds""",
         f"CREATE INDEX dead_letter_fingerprint ON {eo}.dead_letter (fingerprint)",
         f"CREATE INDEX dead_letter_outbox ON {eo}.dead_letter (id) WHERE origin = 'outbox'",
         # When the id was recorded; processed_at is when it was last seen. Rows from before: no later than they are.
