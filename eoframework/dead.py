@@ -27,8 +27,9 @@ from eoframework.db.audit import whoever
 from eoframework.db.dead_letter_desk import DeadFilter, DeadGroup, DeadLetter, DeadLetterDesk, LetterGone, Place
 from eoframework.db.lane_desk import LaneDesk, ParkedLane, ParkedMessage
 from eoframework.db.session import Database
-from eoframework.errors import ConfigurationError, Conflict, DecodeError, EoError, FailClosed, NotFound, Retryable
+from eoframework.errors import ConfigurationError, DecodeError, EoError, FailClosed, NotFound
 from eoframework.handlers import Handler
+from eoframework.patience import patiently
 from eoframework.trial import RowChange, TableChanges, Trial
 
 __all__ = [  # noqa: RUF022 - by what they are for
@@ -57,6 +58,8 @@ __all__ = [  # noqa: RUF022 - by what they are for
     "replay_all",
     "discard",
     "discard_all",
+    "count_parked",
+    "discard_parked",
 ]
 
 T = TypeVar("T")
@@ -64,7 +67,6 @@ T = TypeVar("T")
 _ALL = DeadFilter()
 _PREVIEW = 200
 _AT_ONCE = 50
-_TRIES = 5
 _DECODE_ERROR = f"{DecodeError.__module__}.{DecodeError.__qualname__}"
 
 _log = logging.getLogger(__name__)
@@ -221,6 +223,29 @@ def discard_all(database: Database, which: DeadFilter = _ALL, *, actor: str | No
     return _discard(desk, _in_order(desk, which, up_to=desk.count(which)[1]), whoever(actor))
 
 
+def count_parked(database: Database, which: DeadFilter = _ALL) -> int:
+    """How many messages wait in the lanes that the filter lets through. Raises NotFound for an unknown handler."""
+    _asked(database, which)
+    return LaneDesk(database).count(which)
+
+
+def discard_parked(database: Database, which: DeadFilter = _ALL, *, actor: str | None = None) -> int:
+    """Delete what waits in these lanes for good: the messages count as processed. Returns how many that were.
+
+    Each lane is one transaction with its audit row. On a crash: say it again for the rest.
+    """
+    _asked(database, which)
+    desk, who, gone = LaneDesk(database), whoever(actor), 0
+    after: str | None = None
+    while page := desk.lanes(which, after=after, limit=_AT_ONCE):
+        for lane in page:
+            count = patiently(partial(desk.discard, lane, actor=who), "This lane", gone, threading.Event())
+            _log.warning("%d messages that waited in lane %s of %s discarded.", count, lane.cursor, lane.consumer)
+            gone += count
+        after = page[-1].cursor
+    return gone
+
+
 # --- refusals ---
 
 
@@ -342,7 +367,7 @@ def _replay(
             continue
         if not dry_run:
             try:
-                _patiently(partial(desk.put_back, letter, actor=who), letter, len(done.moved), stop)
+                patiently(partial(desk.put_back, letter, actor=who), f"Dead letter {letter.id}", len(done.moved), stop)
             except LetterGone:
                 done.gone.append(letter.id)
                 continue
@@ -356,29 +381,12 @@ def _discard(desk: DeadLetterDesk, chosen: Sequence[DeadLetter] | Iterator[DeadL
     stop = threading.Event()
     for letter in chosen:
         try:
-            _patiently(partial(desk.discard, letter, actor=who), letter, len(done), stop)
+            patiently(partial(desk.discard, letter, actor=who), f"Dead letter {letter.id}", len(done), stop)
         except LetterGone:
             continue  # somebody else was faster, and the audit says who
         _log.warning("dead letter %d (%s, %s) discarded: %s", letter.id, letter.consumer, letter.record, letter.cause)
         done.append(letter.id)
     return done
-
-
-def _patiently(change: Callable[[], None], letter: DeadLetter, before: int, stop: threading.Event) -> None:
-    """Change a letter; a deadlock, or a lock that is not to be had, is no reason to leave the others undone."""
-    for tries in range(1, _TRIES + 1):
-        try:
-            return change()
-        except Retryable as error:
-            passing = isinstance(error, Conflict) and tries < _TRIES
-            if passing and not clock.wait(stop, clock.jitter(0.05, 0.3)):
-                _log.warning("%s It is as it was, and tried again.", error.what)
-                continue
-            raise Retryable(
-                f"{error.what} Dead letter {letter.id} was given up after {tries} tries; {before} before it were done.",
-                remedy="Say it again for the rest.",
-            ) from error
-    return None
 
 
 def _page(found: Sequence[T], limit: int, cursor: Callable[[T], str]) -> Page[T]:

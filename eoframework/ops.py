@@ -104,14 +104,15 @@ def move_position(
 def forget_positions(database: Database, admin: Admin, consumer: str) -> int:
     """Delete a consumer's positions and its group's offsets: its next start is a first start.
 
-    Refused while a worker of it is connected. On a crash: run it again. The ids of processed messages are kept until
-    they are too old. Raises NotFound, FailClosed.
+    Refused while a worker of it is connected, and while messages of it are parked. On a crash: run it again. The ids
+    of processed messages are kept until they are too old. Raises NotFound, FailClosed.
     """
     desk = PositionAdmin(database)
     lines = desk.lines(consumer)
     if not lines:
         _refuse_unknown(desk, consumer)
     owners = sorted({line.owner or "?" for line in lines if line.owner_connected})
+    desk.refuse_parked(consumer)
     # Under a running worker the partitions would begin again at offset 0.
     if owners or not admin.delete_group(consumer):
         raise FailClosed(

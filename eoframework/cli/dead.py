@@ -172,14 +172,21 @@ def discard(
     fingerprint: filters.Fingerprint = None,
     since: filters.Since = None,
     until: filters.Until = None,
+    parked: Annotated[bool, typer.Option("--parked", help="What waits in keys, instead of dead letters.")] = False,
     yes: filters.Yes = False,
     actor: filters.Actor = None,
     as_json: options.Json = False,
     no_wait: options.NoWait = False,
     assignments: options.Set = None,
 ) -> None:
-    """Delete dead letters for good; their messages stay processed, and a key that was held for one goes on."""
+    """Delete dead letters for good; their messages stay processed, and a key that was held for one goes on.
+
+    With --parked: the messages that wait, by --handler, --key and the other filters; they count as processed, too.
+    """
     chosen = filters.choose(handler, topic, key, error, fingerprint, since, until)
+    if parked:
+        _discard_parked(ids, chosen, everything, assignments, yes=yes, actor=actor, as_json=as_json, wait=not no_wait)
+        return
     _one_way(ids, chosen, everything=everything)
     database = _database(options.start(assignments), wait=not no_wait)
     if everything:
@@ -188,6 +195,28 @@ def discard(
     else:
         done = dead.discard(database, ids or (), actor=actor)
     options.show({"discarded": done}, f"{len(done)} dead letters deleted", as_json=as_json)
+
+
+def _discard_parked(
+    ids: list[int] | None,
+    chosen: filters.Chosen,
+    everything: bool,
+    assignments: list[str] | None,
+    *,
+    yes: bool,
+    actor: str | None,
+    as_json: bool,
+    wait: bool,
+) -> None:
+    if ids or not (everything or chosen.narrowed):
+        raise typer.BadParameter(
+            "with --parked give filters, such as --handler and --key, or --all", param_hint="--parked"
+        )
+    database = _database(options.start(assignments), wait=wait)
+    many = dead.count_parked(database, chosen.which)
+    _confirm(f"Delete {many} parked messages for good?", yes=yes)
+    done = dead.discard_parked(database, chosen.which, actor=actor)
+    options.show({"discarded_parked": done}, f"{done} parked messages deleted", as_json=as_json)
 
 
 def _show_key(database: Database, which: dead.DeadFilter, *, as_json: bool) -> None:

@@ -118,6 +118,7 @@ def lane_line(lane: ParkedLane) -> str:
     key = "(no key)" if lane.key is None else f"key {_short(lane.key)}"
     due = f"until {lane.due_at.isoformat(timespec='seconds')}" if lane.state == "waiting" else ""
     due = f"for dead letter {lane.held_by}" if lane.state == "held" else due
+    due = "(nobody stands for its topic)" if lane.state == "stranded" else due
     first = (
         f", first {lane.topic}[{lane.partition}]@{lane.offset} after {lane.attempts} attempts" if lane.messages else ""
     )

@@ -35,7 +35,8 @@ SELECT 'handler', %(consumer_id)s, %(topic_id)s, %(partition)s, %(offset)s, %(la
 ON CONFLICT (consumer_id, topic_id, partition, "offset") WHERE origin = 'handler' DO UPDATE
     SET died_at = excluded.died_at, attempts = excluded.attempts, crashes = excluded.crashes,
         last_failed_at = excluded.last_failed_at, cause = excluded.cause, error_class = excluded.error_class,
-        fingerprint = excluded.fingerprint, error = excluded.error, traceback = excluded.traceback, holds = excluded.holds
+        fingerprint = excluded.fingerprint, error = excluded.error,
+        traceback = excluded.traceback, holds = excluded.holds
 RETURNING id
 """
 _RUN = "SELECT dead_run FROM {eo}.consumer WHERE id = %(consumer_id)s FOR NO KEY UPDATE"

@@ -1,4 +1,4 @@
-"""Parked lanes in an operator's hands: what waits, since when, until when, and for what. Reads only."""
+"""Parked lanes in an operator's hands: what waits, since when, until when, and for what; and discarded."""
 
 from __future__ import annotations
 
@@ -8,13 +8,18 @@ from datetime import datetime
 from typing import Any, Literal
 from uuid import UUID
 
+from sqlalchemy import Connection
+
+from eoframework.db import audit
 from eoframework.db.dead_letter_desk import DeadFilter
+from eoframework.db.external_calls import ExternalCallRows
 from eoframework.db.outbox import decode_headers
+from eoframework.db.processed import ProcessedMessages
 from eoframework.db.session import Database
 from eoframework.errors import NotFound
-from eoframework.message import Record
+from eoframework.message import Record, position_id
 
-LaneState = Literal["held", "due", "waiting"]
+LaneState = Literal["held", "due", "waiting", "stranded"]
 
 _COLUMNS = {
     **dict.fromkeys(("handler", "app"), "c.name"),
@@ -24,22 +29,36 @@ _COLUMNS = {
     "fingerprint": "coalesce(h.fingerprint, '')",
     **dict.fromkeys(("since", "until"), "k.since"),
 }
-_LANES = """
-SELECT k.consumer_id, k.topic_id, k.partition, k.lane, c.name, k.key, k.due_at, k.held,
-    k.due_at <= clock_timestamp(), k.since, (SELECT count(*) FROM {eo}.parked_message m WHERE
-        (m.consumer_id, m.topic_id, m.partition, m.lane) = (k.consumer_id, k.topic_id, k.partition, k.lane)),
-    t.topic, h."offset", h.attempts, h.crashes, h.error_class, h.fingerprint,
-    (SELECT min(d.id) FROM {eo}.dead_letter d WHERE k.held AND d.holds AND d.origin = 'handler' AND
-        (d.consumer_id, d.topic_id, d.partition, d.lane) = (k.consumer_id, k.topic_id, k.partition, k.lane))
+_FROM = """
 FROM {eo}.parked_key k JOIN {eo}.consumer c ON c.id = k.consumer_id
 LEFT JOIN LATERAL (SELECT * FROM {eo}.parked_message m WHERE
     (m.consumer_id, m.topic_id, m.partition, m.lane) = (k.consumer_id, k.topic_id, k.partition, k.lane)
     ORDER BY m."offset" LIMIT 1) h ON true
 CROSS JOIN LATERAL (SELECT coalesce(h.topic, (SELECT p.topic FROM {eo}.position p
     WHERE p.consumer_id = k.consumer_id AND p.topic_id = k.topic_id LIMIT 1), '') AS topic) t
-WHERE {conditions} ORDER BY k.consumer_id, k.topic_id, k.partition, k.lane LIMIT %(limit)s
+WHERE {conditions}
 """
+_MESSAGES_OF = """(SELECT count(*) FROM {eo}.parked_message m WHERE
+    (m.consumer_id, m.topic_id, m.partition, m.lane) = (k.consumer_id, k.topic_id, k.partition, k.lane))"""
+_LANES = f"""
+SELECT k.consumer_id, k.topic_id, k.partition, k.lane, c.name, k.key, k.due_at, k.held,
+    k.due_at <= clock_timestamp(), k.since, {_MESSAGES_OF},
+    t.topic, h."offset", h.attempts, h.crashes, h.error_class, h.fingerprint,
+    (SELECT min(d.id) FROM {{eo}}.dead_letter d WHERE k.held AND d.holds AND d.origin = 'handler' AND
+        (d.consumer_id, d.topic_id, d.partition, d.lane) = (k.consumer_id, k.topic_id, k.partition, k.lane)),
+    EXISTS (SELECT FROM {{eo}}.position p WHERE p.consumer_id = k.consumer_id AND p.topic_id = k.topic_id)
+{_FROM}ORDER BY k.consumer_id, k.topic_id, k.partition, k.lane LIMIT %(limit)s
+"""
+_COUNT = f"SELECT coalesce(sum({_MESSAGES_OF}), 0) {_FROM}"
 _AFTER = " AND (k.consumer_id, k.topic_id, k.partition, k.lane) > (%(c)s, %(t)s::uuid, %(p)s, %(l)s::uuid)"
+_LANE = "consumer_id = %(c)s AND topic_id = %(t)s AND partition = %(p)s AND lane = %(l)s"
+_LOCK = f"SELECT FROM {{eo}}.parked_key WHERE {_LANE} FOR UPDATE"
+_DELETE = f"""DELETE FROM {{eo}}.parked_message WHERE {_LANE} RETURNING "offset", message_id"""
+# A dead letter that holds it is decided about by itself.
+_OPEN = f"""
+DELETE FROM {{eo}}.parked_key WHERE {_LANE} AND NOT EXISTS (
+    SELECT FROM {{eo}}.dead_letter WHERE {_LANE} AND holds AND origin = 'handler')
+"""
 _MESSAGES = """
 SELECT m.topic, m.partition, m."offset", m.key, substring(m.value FROM 1 FOR %(bytes)s), m.headers, m.timestamp,
     m.unreadable, m.message_id, m.parked_at, m.attempts, m.crashes, m.first_failed_at, m.last_failed_at,
@@ -73,9 +92,17 @@ class ParkedLane:
     held_by: int | None
     """The dead letter that a person has to decide about."""
 
+    has_position: bool
+    """Whether its consumer still stands for the topic that the messages came from."""
+
     @property
     def state(self) -> LaneState:
-        """held: a person has to decide; due: it runs as soon as its owner comes to it; waiting: not before due_at."""
+        """held: a person has to decide; due: it runs as soon as its owner comes to it; waiting: not before due_at.
+
+        stranded: of a topic that the consumer no longer stands for; nobody will run it.
+        """
+        if not self.has_position:
+            return "stranded"
         if self.held:
             return "held"
         return "due" if self.overdue else "waiting"
@@ -120,13 +147,60 @@ class LaneDesk:
 
     def messages(self, lane: ParkedLane, *, after: int, limit: int, preview: int) -> list[ParkedMessage]:
         """What waits in a lane behind an offset, in its order."""
-        place = {"c": lane.consumer_id, "t": lane.topic_id, "p": lane.partition, "l": lane.lane}
-        rows = self._read(_MESSAGES, {**place, "after": after, "limit": limit, "bytes": preview})
+        rows = self._read(_MESSAGES, {**_place(lane), "after": after, "limit": limit, "bytes": preview})
         return [_message(row) for row in rows]
+
+    def count(self, which: DeadFilter) -> int:
+        """How many messages wait in the lanes that the filter lets through."""
+        conditions, values = which.conditions(_COLUMNS)
+        return int(self._read(_COUNT.replace("{conditions}", conditions), values)[0][0])
+
+    def discard(self, lane: ParkedLane, *, actor: str) -> int:
+        """Delete what waits in a lane for good; it counts as processed. Returns how many messages that were.
+
+        On a crash: all of it happened, with its audit row, or nothing. A batch or the lane's owner waits for it.
+        """
+        what = f"discarding what waits in lane {lane.cursor} of {lane.consumer}"
+        schema, place = self._database.schema, _place(lane)
+        with self._database.brief(what) as connection:
+            # Lane before processed id, as everybody takes them.
+            connection.exec_driver_sql(schema.sql(_LOCK), place)
+            gone = sorted(connection.exec_driver_sql(schema.sql(_DELETE), place).all())
+            if not gone:
+                return 0
+            connection.exec_driver_sql(schema.sql(_OPEN), place)
+            ids = {row.message_id for row in gone if row.message_id is not None}
+            ProcessedMessages(schema).claim(connection, lane.consumer_id, ids)
+            calls = ExternalCallRows(schema)
+            for row in gone:
+                identity = row.message_id or position_id(lane.topic_id, lane.partition, row.offset)
+                calls.settle(connection, lane.consumer_id, identity)
+            self._record(connection, lane, gone, actor)
+        return len(gone)
+
+    def _record(self, connection: Connection, lane: ParkedLane, gone: Sequence[Any], actor: str) -> None:
+        detail = {
+            "topic": lane.topic,
+            "topic_id": lane.topic_id,
+            "partition": lane.partition,
+            "lane": lane.lane,
+            "offsets": [row.offset for row in gone],
+            "message_ids": [row.message_id for row in gone],
+            "error_class": lane.error_class,
+            "fingerprint": lane.fingerprint,
+        }
+        subject = f"consumer/{lane.consumer}"
+        audit.record(
+            connection, self._database.schema, actor=actor, action="parked.discard", subject=subject, detail=detail
+        )
 
     def _read(self, template: str, values: dict[str, object]) -> Sequence[Any]:
         with self._database.begin("reading parked messages") as connection:
             return connection.exec_driver_sql(self._database.schema.sql(template), values).all()
+
+
+def _place(lane: ParkedLane) -> dict[str, object]:
+    return {"c": lane.consumer_id, "t": lane.topic_id, "p": lane.partition, "l": lane.lane}
 
 
 def _cursor(text: str) -> dict[str, object]:

@@ -12,6 +12,7 @@ from sqlalchemy import Connection
 
 from eoframework.db.coverage import note_reached
 from eoframework.db.session import Database
+from eoframework.errors import FailClosed
 
 _ROWS = """
 SELECT c.name, p.topic, p.topic_id, p.partition, p.next_offset, p.epoch, p.owner, p.claimed_at,
@@ -44,6 +45,11 @@ WITH gone AS (
 ), retired AS (
     UPDATE {eo}.consumer SET topic = '' WHERE name = %(consumer)s RETURNING id
 ) SELECT (SELECT count(*) FROM gone), (SELECT count(*) FROM retired)
+"""
+# Those of a topic that the consumer stands for. What is left of an earlier one is stranded already.
+_PARKED = """
+SELECT count(*) FROM {eo}.parked_message m JOIN {eo}.consumer c ON c.id = m.consumer_id WHERE c.name = %(consumer)s
+    AND EXISTS (SELECT FROM {eo}.position p WHERE p.consumer_id = m.consumer_id AND p.topic_id = m.topic_id)
 """
 
 
@@ -91,10 +97,20 @@ class PositionAdmin:
             self._remember(connection, line.consumer, place)
             return int(self._run(connection, _SET, {"consumer": line.consumer, **place, "offset": offset})[0][0])
 
+    def refuse_parked(self, consumer: str) -> None:
+        """Raises FailClosed while messages of the consumer are parked: who forgot its positions would strand them."""
+        with self._database.begin(f"counting the parked messages of {consumer}") as connection:
+            _refuse(consumer, self._run(connection, _PARKED, {"consumer": consumer})[0][0])
+
     def forget(self, consumer: str) -> int | None:
-        """Delete all positions of the consumer; returns how many there were, None without such a consumer."""
+        """Delete all positions of the consumer; returns how many there were, None without such a consumer.
+
+        Raises FailClosed while messages of it are parked.
+        """
         with self._database.brief(f"forgetting the positions of {consumer}", lock_wait=_BATCH) as connection:
             self._remember(connection, consumer, {"topic_id": None, "partition": None})
+            # Under the locked positions: nobody parks another one.
+            _refuse(consumer, self._run(connection, _PARKED, {"consumer": consumer})[0][0])
             positions, consumers = self._run(connection, _FORGET, {"consumer": consumer})[0]
             return int(positions) if consumers else None
 
@@ -107,3 +123,13 @@ class PositionAdmin:
     def _run(self, connection: Connection, template: str, values: Mapping[str, object]) -> Sequence[Any]:
         sql = self._database.schema.sql(template)
         return connection.exec_driver_sql(sql, dict(values)).all()
+
+
+def _refuse(consumer: str, parked: int) -> None:
+    if parked:
+        raise FailClosed(
+            f"{consumer} has {parked} parked messages, which nobody could run without its positions. Nothing was "
+            "changed.",
+            remedy=f"Let it run until none is left in: eo dead ls --parked --handler {consumer}; or delete them for "
+            f"good: eo dead discard --parked --handler {consumer}",
+        )

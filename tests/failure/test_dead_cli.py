@@ -116,6 +116,21 @@ def test_replay_and_discard_by_the_command(desk: Desk) -> None:
     assert desk.json("discard", str(bad))["discarded"] == [bad]
 
 
+def test_discard_of_what_waits_asks_with_the_number(desk: Desk) -> None:
+    desk.graveyard.park(1, wait=3600)
+    desk.graveyard.park(2)
+    desk.graveyard.park(3, key=b"b", wait=3600)
+    before = desk.graveyard.everything()
+    chosen = ("discard", "--parked", "--handler", "deadshop.book", "--key", "a")
+    assert b"Delete 2 parked messages for good? Nobody is here" in desk.run(*chosen, code=2).stderr
+    assert b"with --parked give filters" in desk.run("discard", "--parked", code=2).stderr
+    assert b"with --parked give filters" in desk.run("discard", "1", "--parked", "--all", code=2).stderr
+    assert desk.graveyard.everything() == before
+    assert desk.json(*chosen, "--yes") == {"discarded_parked": 2}
+    assert desk.graveyard.parked() == [3]
+    assert desk.json("discard", "--parked", "--all", "--yes") == {"discarded_parked": 1}
+
+
 def _forgotten(desk: Desk) -> subprocess.CompletedProcess[bytes]:
     number = desk.graveyard.bury(20)
     desk.graveyard.execute("DELETE FROM eo.position")

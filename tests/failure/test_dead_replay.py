@@ -270,7 +270,7 @@ def deadlocks(graveyard: Graveyard, number: int, *, times: int) -> None:
 
 @pytest.mark.parametrize("discard", [False, True], ids=["replay", "discard"])
 def test_a_deadlock_does_not_end_it_half_way(graveyard: Graveyard, app: App, *, discard: bool) -> None:
-    """Seen to fail without the loop in `_patiently`: the first letter was done, the third never tried."""
+    """Seen to fail without the loop in `patiently`: the first letter was done, the third never tried."""
     numbers = [graveyard.bury(offset) for offset in (5, 6, 7)]
     deadlocks(graveyard, numbers[1], times=2)
     done = dead.discard_all(app.database) if discard else dead.replay_all(app).moved
