@@ -320,13 +320,14 @@ def test_one_id_under_two_keys_of_which_one_is_shut(app: App) -> None:
     """
     bench = Bench(app, retry=retrying(3))
     bench.broken = {0: ValueError("no"), 1: ValueError("no")}
-    bench.run(bench.entry(0, "shut"))
+    bench.run(bench.entry(0, "shut"), bench.entry(2, "else"))  # two: from now on with savepoints
+    bench.run(bench.entry(3, "else"))
     behind = bench.entry(1, "shut")
     twin = replace(bench.entry(1, "open"), headers=behind.headers)
     bench.run(behind, twin)
     bench.broken = {}
     bench.drain()
-    assert sorted(bench.booked()) == [0, 1]
+    assert sorted(bench.booked()) == [0, 1, 2, 3]
     assert bench.nothing_waits()
 
 
