@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
+import re
 import sysconfig
 import traceback
 from dataclasses import dataclass
@@ -16,8 +18,10 @@ from eoframework.message import Record
 MAX_ERROR = 1_000
 MAX_TRACEBACK = 8_000
 
-_OURS = str(Path(__file__).parent)
-_INSTALLED = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+_OURS = f"{Path(__file__).parent}{os.sep}"
+_STDLIB = tuple({f"{sysconfig.get_path(name)}{os.sep}" for name in ("stdlib", "platstdlib")})
+_SITE = tuple({f"{sysconfig.get_path(name)}{os.sep}" for name in ("purelib", "platlib")})
+_SITES = re.compile(r"[/\\](?:site|dist)-packages[/\\]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +67,22 @@ def cause_of(error: Exception, *, text: bool) -> Cause:
 
 
 def _application_frame(trace: TracebackType | None) -> str:
-    """The innermost frame that is neither ours nor a library's."""
-    found = ""
+    """The innermost frame that is neither ours nor a library's; without one, the innermost one of what is installed.
+
+    An application that was installed lives among the libraries, and is not to be told from them.
+    """
+    found = installed = ""
     for frame in traceback.walk_tb(trace):
         code = frame[0].f_code
-        if not code.co_filename.startswith((_OURS, *_INSTALLED, "<frozen")):
-            found = f"{Path(code.co_filename).name}:{code.co_name}"
-    return found
+        file, place = code.co_filename, f"{Path(code.co_filename).name}:{code.co_name}"
+        if file.startswith(_OURS):
+            continue
+        # Before the standard library: without a virtual environment site-packages lies inside of it.
+        if file.startswith(_SITE) or _SITES.search(file):
+            installed = place
+        elif not file.startswith((*_STDLIB, "<frozen")):
+            found = place
+    return found or installed
 
 
 def words(error: BaseException) -> str:
