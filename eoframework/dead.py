@@ -220,7 +220,7 @@ def discard(database: Database, ids: Collection[int], *, actor: str | None = Non
 def discard_all(database: Database, which: DeadFilter = _ALL, *, actor: str | None = None) -> list[int]:
     """`discard` for every letter that there is now and that the filter lets through."""
     desk = _asked(database, which)
-    return _discard(desk, _in_order(desk, which, up_to=desk.count(which)[1]), whoever(actor))
+    return _discard(desk, _in_order(desk, which, up_to=desk.count(which)[1], preview=0), whoever(actor))
 
 
 def count_parked(database: Database, which: DeadFilter = _ALL) -> int:
@@ -337,9 +337,11 @@ def _asked(database: Database, which: DeadFilter) -> DeadLetterDesk:
 # --- doing it ---
 
 
-def _in_order(desk: DeadLetterDesk, which: DeadFilter, *, up_to: int) -> Iterator[DeadLetter]:
+def _in_order(
+    desk: DeadLetterDesk, which: DeadFilter, *, up_to: int, preview: int | None = None
+) -> Iterator[DeadLetter]:
     after: Place | None = None
-    while page := desk.in_order(which, after=after, up_to=up_to, limit=_AT_ONCE):
+    while page := desk.in_order(which, after=after, up_to=up_to, limit=_AT_ONCE, preview=preview):
         yield from page
         after = page[-1].place
 

@@ -168,7 +168,8 @@ class ExternalCalls:
                 else:
                     self._rows.leave(connection, call, fence, name)
         except Retryable as trouble:
-            _log.warning("%s ended with %s: %s; it counts as unresolved, and nothing is lost", what, name, error)
+            # Only the class: its text may quote the payload.
+            _log.warning("%s ended with %s; it counts as unresolved, and nothing is lost", what, name)
             raise trouble from error
 
     def _unresolved(self, what: str, external: External, standing: Open) -> CallUnresolved:

@@ -28,13 +28,14 @@ Place = tuple[int, UUID, int, int]
 """Consumer, topic, partition, offset: the order in which letters go back."""
 
 _LETTERS = """
-SELECT d.id, c.name, d.consumer_id, d.topic_id, d.lane, d.message_id, d.has_id, d.attempts, d.crashes,
+SELECT d.id, c.name AS consumer, d.consumer_id, d.topic_id, d.lane, d.message_id, d.has_id, d.attempts, d.crashes,
     d.first_failed_at, d.last_failed_at, d.died_at, d.cause, d.error_class, d.fingerprint, d.error, d.traceback,
-    d.holds, coalesce(octet_length(d.payload), 0),
-    EXISTS (SELECT FROM {eo}.position p WHERE p.consumer_id = d.consumer_id AND p.topic_id = d.topic_id),
+    d.holds, coalesce(octet_length(d.payload), 0) AS size,
+    EXISTS (SELECT FROM {eo}.position p WHERE p.consumer_id = d.consumer_id AND p.topic_id = d.topic_id)
+        AS has_position,
     EXISTS (SELECT FROM {eo}.processed_message m WHERE d.has_id AND m.consumer_id = d.consumer_id
-        AND m.message_id = d.message_id AND m.first_at > d.died_at),
-    d.topic, d.partition, d."offset", d.key, substring(d.payload FROM 1 FOR %(bytes)s), d.headers, d.timestamp,
+        AND m.message_id = d.message_id AND m.first_at > d.died_at) AS processed_since,
+    d.topic, d.partition, d."offset", d.key, substring(d.payload FROM 1 FOR %(bytes)s) AS value, d.headers, d.timestamp,
     d.unreadable
 FROM {eo}.dead_letter d JOIN {eo}.consumer c ON c.id = d.consumer_id
 WHERE d.origin = 'handler' AND {conditions} ORDER BY {order} LIMIT %(limit)s
@@ -197,14 +198,18 @@ class DeadLetterDesk:
         conditions, values = which.conditions(_COLUMNS)
         return self._letters(f"d.id > %(after)s AND {conditions}", "d.id", {**values, "after": after}, limit, preview)
 
-    def in_order(self, which: DeadFilter, *, after: Place | None, up_to: int, limit: int) -> list[DeadLetter]:
+    def in_order(
+        self, which: DeadFilter, *, after: Place | None, up_to: int, limit: int, preview: int | None = None
+    ) -> list[DeadLetter]:
         """The letters behind a place, in the order of their places, none with a higher number than `up_to`."""
         conditions, values = which.conditions(_COLUMNS)
         place = 'd.consumer_id, d.topic_id, d.partition, d."offset"'
         if after is not None:
             conditions += f" AND ({place}) > (%(p0)s, %(p1)s, %(p2)s, %(p3)s)"
             values |= {f"p{index}": part for index, part in enumerate(after)}
-        return self._letters(f"d.id <= %(up_to)s AND {conditions}", place, {**values, "up_to": up_to}, limit, _WHOLE)
+        values |= {"up_to": up_to}
+        size = _WHOLE if preview is None else preview
+        return self._letters(f"d.id <= %(up_to)s AND {conditions}", place, values, limit, size)
 
     def find(self, ids: Collection[int]) -> dict[int, DeadLetter]:
         """The letters of these numbers, as far as they exist."""
@@ -313,9 +318,9 @@ class DeadLetterDesk:
 
 
 def _letter(row: Any) -> DeadLetter:
-    topic, partition, offset, key, payload, headers, timestamp, unreadable = row[21:]
-    record = Record(topic, partition, offset, key, payload, tuple(decode_headers(headers)), timestamp, unreadable)
-    return DeadLetter(record, *row[:21])
+    stored = dict(row._mapping)
+    record = {field.name: stored.pop(field.name) for field in fields(Record)}
+    return DeadLetter(Record(**{**record, "headers": tuple(decode_headers(record["headers"]))}), **stored)
 
 
 def _lane(letter: DeadLetter) -> dict[str, object]:

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+from sqlalchemy import event
 
 from eoframework import App, Topic, clock, dead, events
 from eoframework.db.dead_letter_desk import DeadLetterDesk
@@ -483,3 +484,18 @@ def test_discard_all_by_filter(graveyard: Graveyard, database: Database) -> None
     numbers = [graveyard.bury(offset, fingerprint=f"f{offset % 2}") for offset in range(10)]
     assert dead.discard_all(database, dead.DeadFilter(fingerprint="f1")) == numbers[1::2]
     assert dead.count(database) == 5
+
+
+def test_discarding_reads_no_payloads(graveyard: Graveyard, database: Database) -> None:
+    """They may be large, and there may be many. Seen to fail with the whole payloads asked for."""
+    graveyard.bury(5)
+    asked: list[object] = []
+
+    def note(_c: object, _cursor: object, statement: str, values: dict[str, object], *_: object) -> None:
+        if "payload" in statement:
+            asked.append(values["bytes"])
+
+    event.listen(database.engine, "before_cursor_execute", note)
+    dead.discard_all(database)
+    assert asked == [0, 0]
+    assert dead.count(database) == 0

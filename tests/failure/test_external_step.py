@@ -434,3 +434,20 @@ class TestForgetting:
             worker.step()
         assert scalar(database.engine, "SELECT count(*) FROM eo.external_call") == 0
         assert scalar(database.engine, "SELECT count(*) FROM eo.processed_message") == 0
+
+
+def test_what_the_call_says_is_not_logged(
+    database: Database, receiver: Receiver, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It may quote the payload, and EO_FAILURE_TEXT=false forbids that. Seen to fail with the error in the warning."""
+    with database.engine.begin() as connection:
+        connection.exec_driver_sql(
+            """CREATE FUNCTION trouble() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+                RAISE EXCEPTION 'deadlock detected' USING ERRCODE = 'deadlock_detected'; END $$;
+            CREATE TRIGGER trouble BEFORE UPDATE ON eo.external_call FOR EACH ROW EXECUTE FUNCTION trouble()"""
+        )
+    receiver.error = ValueError("card 4711")
+    with pytest.raises(Retryable, match="deadlock"):
+        step_of(database, receiver).prepare()
+    assert "ended with ValueError; it counts as unresolved" in caplog.text
+    assert "4711" not in caplog.text
