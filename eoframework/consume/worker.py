@@ -37,7 +37,7 @@ _CHECK_SECONDS = 5.0
 _REPEAT_WARNING_SECONDS = 30.0
 _LONGEST_BACKOFF = 5.0
 # Parked messages get this share of the time that batches take, and at least so many seconds a step.
-_DRAIN_SHARE = 0.15
+_DRAIN_SHARE = 0.1
 _DRAIN_LEAST = 0.01
 _DRAIN_IDLE = 1.0
 
