@@ -50,7 +50,11 @@ def resolve(
     value = _parse(result) if result is not None else None
     desk = _desk(options.start(assignments), wait=not no_wait)
     line = desk.not_done(call) if result is None else desk.resolve(call, value)
-    then = f"eo dead replay MODULE:APP {line.dead_letter}" if line.dead_letter is not None else "its message runs when it is due"
+    then = (
+        f"eo dead replay MODULE:APP {line.dead_letter}"
+        if line.dead_letter is not None
+        else "its message runs when it is due"
+    )
     outcome = "it did not happen, and is called again" if result is None else "its result is stored"
     document = {"id": line.id, "was": line.state, "dead_letter": line.dead_letter, "done": result is not None}
     options.show(document, f"external call {line.id} of {line.consumer}: {outcome}; next: {then}", as_json=as_json)
