@@ -85,8 +85,9 @@ def supervised(
 def test_it_dies_after_its_attempts_and_the_others_run_once(name: str, supervised: dict[str, Supervised]) -> None:
     """Twice it takes its batch along and nobody is charged; then it is alone, and counted before it runs.
 
-    Only at the second death at one offset is it suspected; what is fetched of the messages before it may at first come in
-    two batches. "parked": it only kills when it is drained from its lane, alone from the beginning. "decoded": its codec kills.
+    Only at the second death at one offset is it suspected; what is fetched of the messages before it may at first come
+    in two batches. "parked": it only kills when it is drained from its lane, alone from the beginning. "decoded": its
+    codec kills.
     Seen to fail with Claim.unclean always False (for ever), without `Parking.charge` ("parked", for ever), and with the
     message decoded before it is charged, or although it is to be given up ("decoded", for ever).
     """
