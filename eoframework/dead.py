@@ -239,7 +239,7 @@ def discard_parked(database: Database, which: DeadFilter = _ALL, *, actor: str |
     after: str | None = None
     while page := desk.lanes(which, after=after, limit=_AT_ONCE):
         for lane in page:
-            count = patiently(partial(desk.discard, lane, actor=who), "This lane", gone, threading.Event())
+            count = patiently(partial(desk.discard, lane, actor=who), "This lane", gone)
             _log.warning("%d messages that waited in lane %s of %s discarded.", count, lane.cursor, lane.consumer)
             gone += count
         after = page[-1].cursor
@@ -380,10 +380,9 @@ def _replay(
 
 def _discard(desk: DeadLetterDesk, chosen: Sequence[DeadLetter] | Iterator[DeadLetter], who: str) -> list[int]:
     done: list[int] = []
-    stop = threading.Event()
     for letter in chosen:
         try:
-            patiently(partial(desk.discard, letter, actor=who), f"Dead letter {letter.id}", len(done), stop)
+            patiently(partial(desk.discard, letter, actor=who), f"Dead letter {letter.id}", len(done))
         except LetterGone:
             continue  # somebody else was faster, and the audit says who
         _log.warning("dead letter %d (%s, %s) discarded: %s", letter.id, letter.consumer, letter.record, letter.cause)

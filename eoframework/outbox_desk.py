@@ -15,6 +15,7 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from typing import Literal
 from uuid import UUID
 
@@ -33,6 +34,7 @@ from eoframework.db.pending import MALFORMED
 from eoframework.db.session import Database
 from eoframework.errors import ConfigurationError, EoError, NotFound, Retryable, Unreachable
 from eoframework.kafka.admin import Admin, NotAuthorized, UnknownTopic
+from eoframework.patience import patiently
 from eoframework.settings import Settings
 
 __all__ = [
@@ -203,7 +205,8 @@ class OutboxDesk:
             try:
                 if not force:
                     self._check(letter)
-                done.moved.append(self._put_back(letter))
+                put_back = partial(self._put_back, letter)
+                done.moved.append(patiently(put_back, f"Dead letter {letter.ref}", len(done.moved)))
             except LetterGone:
                 done.gone.append(letter.number)
             except CauseHolds as why:
@@ -233,10 +236,10 @@ class OutboxDesk:
         self, state: Literal["dead", "delayed"] = "dead", which: OutboxFilter = ALL, *, up_to: int | None = None
     ) -> list[OutboxLine]:
         """`discard` for every message in the state that there is now and that the filter lets through."""
-        done = []
+        done: list[OutboxLine] = []
         for line in self._all(state, which, up_to):
             try:
-                self._discard(line)
+                patiently(partial(self._discard, line), f"Outbox message {line.ref}", len(done))
             except LetterGone:
                 continue  # somebody else was faster, and the audit says who; or the relay, as it became due
             done.append(line)

@@ -18,7 +18,7 @@ _TRIES = 5
 _log = logging.getLogger(__name__)
 
 
-def patiently(change: Callable[[], T], which: str, before: int, stop: threading.Event) -> T:
+def patiently(change: Callable[[], T], which: str, before: int, stop: threading.Event | None = None) -> T:
     """Change one of many; a deadlock, or a lock that is not to be had, is no reason to leave the others undone.
 
     which: for people, with a capital. before: how many were done. Raises Retryable after some tries, or with `stop`.
@@ -28,7 +28,7 @@ def patiently(change: Callable[[], T], which: str, before: int, stop: threading.
             return change()
         except Retryable as error:
             passing = isinstance(error, Conflict) and tries < _TRIES
-            if passing and not clock.wait(stop, clock.jitter(0.05, 0.3)):
+            if passing and not clock.wait(stop or threading.Event(), clock.jitter(0.05, 0.3)):
                 _log.warning("%s It is as it was, and tried again.", error.what)
                 continue
             raise Retryable(
