@@ -155,6 +155,22 @@ def test_going_back_is_refused_while_messages_would_be_lost(database: Database) 
     assert migrating.upgrade(database) == migrating.head()
 
 
+def test_ids_from_before_are_no_younger_than_they_are(database: Database) -> None:
+    """By them it is told whether a dead letter may be replayed. Seen to fail with now() for 'epoch' in 0002."""
+    migrating.downgrade(database, "eo0001")
+    record = text("""
+        INSERT INTO eo.processed_message (consumer_id, message_id) SELECT id, gen_random_uuid() FROM eo.consumer""")
+    with database.begin("test") as connection:
+        connection.execute(text("INSERT INTO eo.consumer (name, topic) VALUES ('a.b', 't')"))
+        connection.execute(record)
+    migrating.upgrade(database)
+    with database.begin("test") as connection:
+        assert connection.execute(text("SELECT first_at < processed_at FROM eo.processed_message")).scalar_one()
+        connection.execute(text("DELETE FROM eo.processed_message"))
+        connection.execute(record)
+        assert connection.execute(text("SELECT first_at = processed_at FROM eo.processed_message")).scalar_one()
+
+
 class TestWithoutRights:
     """A role that owns nothing, as in most production databases."""
 
