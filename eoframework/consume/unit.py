@@ -22,7 +22,16 @@ from eoframework.db.position import Claim, Positions, Stream
 from eoframework.db.processed import ProcessedMessages
 from eoframework.db.session import Connection
 from eoframework.db.unit_of_work import WorkerConnection
-from eoframework.errors import ConfigurationError, DecodeError, FailClosed, Fenced, LostConnection, Permanent, Retryable
+from eoframework.errors import (
+    ConfigurationError,
+    DecodeError,
+    FailClosed,
+    Fenced,
+    HandlerMisuse,
+    LostConnection,
+    Permanent,
+    Retryable,
+)
 from eoframework.failures import words
 from eoframework.handlers import Handler
 from eoframework.keys import lane_of_key
@@ -147,7 +156,13 @@ class Unit:
         """Make the handler's calls outside the database, with no transaction open; raises what they raise."""
         if not self.handler.external or delivery.message is None or delivery.error is not None:
             return delivery
-        return replace(delivery, external=self.external.prepare(delivery.message))
+        try:
+            return replace(delivery, external=self.external.prepare(delivery.message))
+        except LEAVING as error:
+            raise HandlerMisuse(
+                f"{self.handler.group}: an external call raised {type(error).__name__}, which is no Exception.",
+                remedy="It counts as unresolved. Raise NotDone, or an error of this message.",
+            ) from error
 
     def settle_calls(self, connection: Connection, ran: Iterable[Delivery]) -> None:
         """The results of outside calls are needed as long as the ids of their messages."""

@@ -206,3 +206,14 @@ def test_a_slow_parked_message_is_paid_back_by_the_next_steps(app: App) -> None:
         clock.sleep(0.02)
         steps += 1
     assert 1 <= len(bench.called) <= 2, f"in {steps} steps"
+
+
+def test_an_outside_call_that_leaves_the_process_is_its_messages_failure(app: App) -> None:
+    """Seen to fail without `except LEAVING` in Unit.call_outside: SystemExit came out of the executor."""
+
+    def leave(*_: object) -> None:
+        raise SystemExit(3)
+
+    bench = Bench(app, external=[External("mail", leave)])
+    assert bench.run(bench.entry(0)).parked == 1
+    assert bench.column("SELECT error_class FROM eo.parked_message") == ["eoframework.errors.HandlerMisuse"]
