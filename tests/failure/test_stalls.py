@@ -211,7 +211,7 @@ def test_a_slow_parked_message_is_paid_back_by_the_next_steps(app: App) -> None:
 def test_an_outside_call_that_leaves_the_process_is_its_messages_failure(app: App) -> None:
     """Seen to fail without `except LEAVING` in Unit.call_outside: SystemExit came out of the executor."""
 
-    def leave(*_: object) -> None:
+    def leave(_: Message[Entry], __: ExternalCall) -> None:
         raise SystemExit(3)
 
     bench = Bench(app, external=[External("mail", leave)])
