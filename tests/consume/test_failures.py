@@ -218,7 +218,7 @@ def test_handlers_that_deadlock_run_smaller_and_both_succeed(
         assert run_once(app) == 0
     assert column(database.engine, "SELECT seen FROM account") == [2, 2]
     assert "40P01" in caplog.text
-    assert "runs again, 1 messages at a time" in caplog.text
+    assert "The batch (now 1 messages at a time) was rolled back and runs again" in caplog.text
 
 
 def test_a_connection_lost_in_the_handler_is_replaced_and_the_claims_name_the_new_one(

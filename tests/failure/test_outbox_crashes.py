@@ -20,6 +20,7 @@ from eoframework.outbox_desk import OutboxDesk, PutBack
 from eoframework.settings import Settings, environment
 from tests.conftest import REPOSITORY, MakeTopic
 from tests.processes import settings_environment
+from tests.processes import eventually
 from tests.relay.rig import Rig
 
 
@@ -45,7 +46,9 @@ def publish(rig: Rig) -> tuple[OutboxMessage, OutboxMessage, list[OutboxMessage]
 
 
 def widen(rig: Rig) -> None:
-    Admin(rig.settings).set_config(rig.topic, {"max.message.bytes": "1000000"})
+    admin, limit = Admin(rig.settings), {"max.message.bytes": "1000000"}
+    admin.set_config(rig.topic, limit)
+    eventually(lambda: admin.describe(rig.topic).config.items() >= limit.items(), "the topic takes large messages")
 
 
 def drain(rig: Rig) -> None:

@@ -12,6 +12,7 @@ from eoframework.kafka.admin import Admin
 from eoframework.message import OutboxMessage
 from eoframework.outbox_desk import CauseHolds, OutboxDesk, OutboxFilter, OutboxLine
 from tests.conftest import MakeTopic
+from tests.processes import eventually
 from tests.relay.rig import SHARDS, Rig
 
 LIMIT = 4_000
@@ -28,7 +29,10 @@ def desk(rig: Rig) -> OutboxDesk:
 
 
 def widen(rig: Rig, topic: str) -> None:
-    Admin(rig.settings).set_config(topic, {"max.message.bytes": "1000000"})
+    """Let the topic take large messages; the broker says so a moment after it was told."""
+    admin, limit = Admin(rig.settings), {"max.message.bytes": "1000000"}
+    admin.set_config(topic, limit)
+    eventually(lambda: admin.describe(topic).config.items() >= limit.items(), "the topic takes large messages")
 
 
 def drain(rig: Rig, **changes: object) -> None:
