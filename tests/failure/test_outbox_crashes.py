@@ -19,8 +19,7 @@ from eoframework.message import OutboxMessage
 from eoframework.outbox_desk import OutboxDesk, PutBack
 from eoframework.settings import Settings, environment
 from tests.conftest import REPOSITORY, MakeTopic
-from tests.processes import settings_environment
-from tests.processes import eventually
+from tests.processes import eventually, settings_environment
 from tests.relay.rig import Rig
 
 
