@@ -120,6 +120,8 @@ class RetryLater(EoError):
 class Reject(EoError):
     """Raised by a handler: this message will never do. Rolled back, and a dead letter at once with this reason."""
 
+    because = "the handler rejected it"
+
 
 class BatchItemFailed(EoError):
     """Raised by a batch handler: the message at `index` of its list failed; all of it is rolled back.

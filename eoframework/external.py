@@ -128,6 +128,8 @@ class InFlight(RetryLater):
 class CallUnresolved(Reject):
     """A call may have happened, and its result is not known; it is not made again by itself."""
 
+    because = "nobody knows whether its outside call happened"
+
 
 def idempotency_key(consumer: str, message_id: UUID, name: str) -> str:
     """The same in every attempt, process and database; another consumer or name is another call."""

@@ -217,6 +217,8 @@ class _Check:
         is_message = get_origin(element) is Message
         inner = get_args(element)[0] if is_message else element
         if not accepts(inner, self._topic.payload_type):
+            if not batch and get_origin(annotation) in _BATCH_TYPES:
+                self.refuse(f"parameter {name!r} is {_shown(annotation)}.", "For lists use @app.batch_handler(topic).")
             self.refuse(
                 f"parameter {name!r} is {_shown(annotation)}, but {self._topic!r} carries "
                 f"{_shown(self._topic.payload_type)}.",

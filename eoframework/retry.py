@@ -101,7 +101,7 @@ class Retry:
         dice: a random number between 0 and 1, which spreads the pause by `jitter`.
         """
         if isinstance(error, Reject):
-            return GiveUp("the handler rejected it")
+            return GiveUp(error.because)
         if isinstance(error, DecodeError):
             return GiveUp("it cannot be decoded, and would not be the next time")
         if isinstance(error, ProcessDied):

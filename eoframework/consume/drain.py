@@ -10,6 +10,7 @@ so within a lane nothing overtakes anything.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Collection, Mapping
 
@@ -24,6 +25,8 @@ from eoframework.db.position import Claim
 from eoframework.db.session import Connection
 from eoframework.errors import LostConnection, Retryable
 from eoframework.failures import Parked
+
+log = logging.getLogger(__name__)
 
 _LANES = 100
 # Messages of one lane before it is another's turn.
@@ -171,7 +174,8 @@ class Drain:
         parked, delivery = found[0]
         if outcome.error is not None:
             outcome = self._failed_again(claim, parked, delivery, outcome.error)
-        else:
+        elif outcome.messages or outcome.duplicates:
+            log.info("%s: %s, which had waited, is done with", self._unit.handler.group, parked.record)
             events.emit("consume.unparked", record=parked.record)
         if outcome.trouble is None:
             self._charges.pop(delivery.place, None)

@@ -53,6 +53,7 @@ SELECT p.c, p.p, p.o, p.i, p.a, EXISTS (SELECT FROM eo.position x JOIN eo.consum
 FROM (SELECT cast(:c AS text) c, cast(:p AS int) p, cast(:o AS bigint) o, cast(:i AS uuid) i, cast(:a AS int) a) p
 """)
 
+_EPOCHS = text("SELECT partition, epoch FROM eo.position WHERE consumer_id = :c")
 _DUE = text("""
 UPDATE eo.parked_key k SET due_at = now() FROM (SELECT ctid FROM eo.parked_key WHERE consumer_id = :c FOR UPDATE
     SKIP LOCKED) free WHERE k.ctid = free.ctid
@@ -364,6 +365,12 @@ class World:
         return incoming_id(self.logs[place[0]][place[1]].headers, topic="parking")
 
     # --- the workers ---
+
+    def epochs(self) -> dict[int, int]:
+        """Under which claim each partition stands."""
+        with self.database.engine.connect() as connection:
+            rows = connection.execute(_EPOCHS, {"c": self.stream.consumer_id})
+            return {row.partition: row.epoch for row in rows}
 
     def owned_by(self, worker: Worker) -> set[int]:
         return {partition for partition, index in self.assignment.items() if self.workers[index] is worker}

@@ -170,10 +170,13 @@ class Parking(RuleBasedStateMachine):
             assert now.of(partition) == before, f"a zombie wrote to partition {partition}"
 
     def _zombie(self, index: int) -> dict[int, object]:
-        """Partitions that the worker takes for its own and that went to the other one; what is stored of them."""
-        worker = self.world.workers[index]
+        """Partitions that the worker takes for its own and the other one has claimed since; what is stored of them.
+
+        A member that was frozen before its claim and claims late is none: the other one finds out, and claims again.
+        """
+        worker, epochs = self.world.workers[index], self.world.epochs()
         now = self.world.look()
-        return {p: now.of(p) for p in worker.ownership.claims.keys() - self.world.owned_by(worker)}
+        return {p: now.of(p) for p, claim in worker.ownership.claims.items() if claim.epoch != epochs[p]}
 
     def _meanwhile(self, index: int, what: str, choice: int) -> Callable[[], None]:
         def happen() -> None:
