@@ -12,9 +12,7 @@ Every change is one transaction with its audit row.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from datetime import datetime
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Literal
 from uuid import UUID
@@ -34,12 +32,15 @@ from eoframework.db.pending import MALFORMED
 from eoframework.db.session import Database
 from eoframework.errors import ConfigurationError, EoError, NotFound, Retryable, Unreachable
 from eoframework.kafka.admin import Admin, NotAuthorized, UnknownTopic
+from eoframework.outbox_refs import cursor_of, parse, place_of
+from eoframework.outbox_results import Discarded, OutboxCount, OutboxPage, OutboxRefusal, Retried
 from eoframework.patience import patiently
 from eoframework.settings import Settings
 
 __all__ = [
     "ALL",
     "CauseHolds",
+    "Discarded",
     "OutboxCount",
     "OutboxDesk",
     "OutboxFilter",
@@ -59,6 +60,11 @@ _AT_ONCE = 100
 _CLIENT_LIMIT = 1_000_000
 _TOO_LARGE = frozenset({"MSG_SIZE_TOO_LARGE", "RECORD_LIST_TOO_LARGE"})
 
+_UNCHANGED = " Nothing was changed."
+Verb = Literal["show", "retry", "discard"]
+# What does the same to a handler's dead letter.
+_OF_HANDLERS: dict[Verb, str] = {"show": "dead show", "retry": "dead replay MODULE:APP", "discard": "dead discard"}
+
 _log = logging.getLogger(__name__)
 
 
@@ -66,41 +72,6 @@ class CauseHolds(EoError):
     """Kafka would refuse the message again, for the same reason; nothing was changed."""
 
     exit_code = 4
-
-
-@dataclass(frozen=True, slots=True)
-class OutboxPage:
-    """Some of a list, in a fixed order: what is added meanwhile comes later and moves nothing."""
-
-    items: tuple[OutboxLine, ...]
-    after: str | None
-    """What to give as `after` for the next page; None at the end."""
-
-
-@dataclass(frozen=True, slots=True)
-class OutboxCount:
-    """How many there are, and up to which number: what comes later was not counted."""
-
-    count: int
-    up_to: int
-
-
-@dataclass(frozen=True, slots=True)
-class OutboxRefusal:
-    """A dead letter that was left as it is, and why."""
-
-    letter: OutboxLine
-    why: EoError
-
-
-@dataclass(slots=True)
-class Retried:
-    """What a `retry_all` did."""
-
-    moved: list[PutBack] = field(default_factory=list)
-    gone: list[int] = field(default_factory=list)
-    """Retried or discarded by somebody else in the meantime."""
-    refused: list[OutboxRefusal] = field(default_factory=list)
 
 
 class OutboxDesk:
@@ -134,10 +105,10 @@ class OutboxDesk:
 
         Raises NotFound for an `after` that is none.
         """
-        place = None if after is None else _place(state, after)
+        place = None if after is None else place_of(state, after)
         found = self._table.lines(state, which, after=place, limit=limit + 1)
         items = tuple(found[:limit])
-        return OutboxPage(items, _cursor(items[-1].place) if len(found) > limit else None)
+        return OutboxPage(items, cursor_of(items[-1].place) if len(found) > limit else None)
 
     def count(self, state: Literal["dead", "delayed"] = "dead", which: OutboxFilter = ALL) -> OutboxCount:
         """How many there are; its `up_to` bounds `retry_all` and `discard_all` to what was counted."""
@@ -148,14 +119,17 @@ class OutboxDesk:
 
         Raises NotFound, which says what became of it, when and by whom.
         """
-        state, number, message_id = _parse(str(ref))
+        return self._find(ref, "show")
+
+    def _find(self, ref: str | int | UUID, verb: Verb) -> OutboxLine:
+        state, number, message_id = parse(str(ref))
         if message_id is not None:
-            return self._by_message_id(message_id)
+            return self._by_message_id(message_id, verb)
         found = self._table.by_number(state, number)
         if found is not None:
             return found
         if state == "dead":
-            raise self._missing(number)
+            raise self._missing(number, verb)
         raise NotFound(
             f"there is no {state} outbox message {number}; it may have been sent.", remedy=f"See: eo outbox ls {state}"
         )
@@ -179,20 +153,32 @@ class OutboxDesk:
         try:
             return self._put_back(letter)
         except LetterGone as error:
-            raise self._missing(letter.number) from error
+            raise self._missing(letter.number, "retry") from error
 
     def retriable(self, ref: str | int | UUID, *, force: bool = False) -> OutboxLine:
         """The dead letter, if `retry` would put it back now; changes nothing, raises what `retry` would."""
-        letter = self.find(ref)
+        letter = self._find(ref, "retry")
         if letter.state != "dead":
+            held_by = letter.held_by
+            fate = "it is sent without help" if held_by is None else f"it waits for dead letter {held_by}"
             raise ConfigurationError(
-                f"outbox message {letter.message_id} is {letter.state}, not dead; it is sent without help. "
-                "Nothing was changed.",
-                remedy="See: eo outbox stats",
+                f"outbox message {letter.message_id} is {letter.state}, not dead; {fate}.{_UNCHANGED}",
+                remedy="See: eo outbox stats"
+                if held_by is None
+                else f"eo outbox retry {held_by}, or eo outbox discard {held_by}",
             )
         if not force:
             self._check(letter)
         return letter
+
+    def retry_each(self, refs: Sequence[str | int | UUID], *, force: bool = False) -> Retried:
+        """`retry` for every one of them, a transaction each, in the order of their numbers.
+
+        All are looked at before the first is changed: raises what `retriable` does, and nothing is changed then. On a
+        crash, or when it raises Retryable: say it again for the rest. What vanishes meanwhile is in `gone`.
+        """
+        letters = {letter.number: letter for letter in [self.retriable(ref, force=force) for ref in refs]}
+        return self._retry_each((letters[number] for number in sorted(letters)), force=True)
 
     def retry_all(self, which: OutboxFilter = ALL, *, force: bool = False, up_to: int | None = None) -> Retried:
         """`retry` for every dead letter that there is now and that the filter lets through, a transaction each.
@@ -200,8 +186,11 @@ class OutboxDesk:
         On a crash, or when it raises Unreachable: say it again for the rest. What Kafka would refuse again stays as it
         is and is in `refused`; what dies again meanwhile is not sent again. up_to: from `count`, default all there are.
         """
+        return self._retry_each(self._all("dead", which, up_to), force=force)
+
+    def _retry_each(self, letters: Iterable[OutboxLine], *, force: bool) -> Retried:
         done = Retried()
-        for letter in self._all("dead", which, up_to):
+        for letter in letters:
             try:
                 if not force:
                     self._check(letter)
@@ -219,12 +208,12 @@ class OutboxDesk:
         On a crash: done with its audit row, or not at all. Raises NotFound (unknown, retried or discarded before, of a
         handler, or due meanwhile), ConfigurationError (pending: only relays may delete those).
         """
-        line = self.find(ref)
+        line = self.discardable(ref)
         try:
             self._discard(line)
         except LetterGone as error:
             if line.state == "dead":
-                raise self._missing(line.number) from error
+                raise self._missing(line.number, "discard") from error
             raise NotFound(
                 f"delayed message {line.message_id} is not delayed any more: it became due or was discarded. "
                 "Nothing was changed.",
@@ -232,17 +221,40 @@ class OutboxDesk:
             ) from error
         return line
 
+    def discardable(self, ref: str | int | UUID) -> OutboxLine:
+        """The message, if `discard` would delete it now; changes nothing, raises what `discard` would."""
+        line = self._find(ref, "discard")
+        if line.state == "pending":
+            raise ConfigurationError(
+                f"outbox message {line.message_id} is pending; only relays may delete those.{_UNCHANGED}",
+                remedy="It is sent, or refused by Kafka; then discard the dead letter.",
+            )
+        return line
+
+    def discard_each(self, refs: Sequence[str | int | UUID]) -> Discarded:
+        """`discard` for every one of them, a transaction each; all are looked at before the first is changed.
+
+        Raises what `discardable` does, and nothing is changed then; on a crash, or when it raises Retryable: say it
+        again for the rest. What vanishes meanwhile is in `gone`.
+        """
+        lines = {line.ref: line for line in [self.discardable(ref) for ref in refs]}
+        return self._discard_each(lines.values())
+
     def discard_all(
         self, state: Literal["dead", "delayed"] = "dead", which: OutboxFilter = ALL, *, up_to: int | None = None
     ) -> list[OutboxLine]:
         """`discard` for every message in the state that there is now and that the filter lets through."""
-        done: list[OutboxLine] = []
-        for line in self._all(state, which, up_to):
+        return self._discard_each(self._all(state, which, up_to)).lines
+
+    def _discard_each(self, lines: Iterable[OutboxLine]) -> Discarded:
+        done = Discarded()
+        for line in lines:
             try:
-                patiently(partial(self._discard, line), f"Outbox message {line.ref}", len(done))
+                patiently(partial(self._discard, line), f"Outbox message {line.ref}", len(done.lines))
             except LetterGone:
-                continue  # somebody else was faster, and the audit says who; or the relay, as it became due
-            done.append(line)
+                done.gone.append(line.ref)  # the audit says who was faster; or the relay, as it became due
+            else:
+                done.lines.append(line)
         return done
 
     def _put_back(self, letter: OutboxLine) -> PutBack:
@@ -255,11 +267,6 @@ class OutboxDesk:
         return done
 
     def _discard(self, line: OutboxLine) -> None:
-        if line.state == "pending":
-            raise ConfigurationError(
-                f"outbox message {line.message_id} is pending; only relays may delete those. Nothing was changed.",
-                remedy="It is sent, or refused by Kafka; then discard the dead letter.",
-            )
         if line.state == "dead":
             self._table.discard(line.number, actor=self._actor)
         else:
@@ -278,30 +285,30 @@ class OutboxDesk:
 
     # --- refusals ---
 
-    def _by_message_id(self, message_id: UUID) -> OutboxLine:
+    def _by_message_id(self, message_id: UUID, verb: Verb) -> OutboxLine:
         found = self._table.by_message_id(message_id)
         if len(found) == 1:
             return found[0]
         if found:
             raise NotFound(
-                f"{len(found)} outbox messages carry the id {message_id}. Nothing was changed.",
+                f"{len(found)} outbox messages carry the id {message_id}.{_unchanged(verb)}",
                 remedy=f"Say which: {', '.join(line.ref for line in found)}",
             )
         fate = self._table.fate_of(message_id)
         raise NotFound(
-            f"the outbox holds no message {message_id}{f': {fate}' if fate else ''}. Nothing was changed.",
+            f"the outbox holds no message {message_id}{f': {fate}' if fate else ''}.{_unchanged(verb)}",
             remedy="Sent messages are deleted. See: eo outbox ls",
         )
 
-    def _missing(self, number: int) -> NotFound:
+    def _missing(self, number: int, verb: Verb) -> NotFound:
         fate = self._table.fates([number]).get(number)
         if fate == "handler":
             return NotFound(
-                f"dead letter {number} is of a handler, not of the outbox. Nothing was changed.",
-                remedy=f"eo dead replay MODULE:APP {number}",
+                f"dead letter {number} is of a handler, not of the outbox.{_unchanged(verb)}",
+                remedy=f"eo {_OF_HANDLERS[verb]} {number}",
             )
         why = f"is no more: {fate}" if fate else "does not exist"
-        return NotFound(f"dead letter {number} {why}. Nothing was changed.", remedy="See: eo outbox ls")
+        return NotFound(f"dead letter {number} {why}.{_unchanged(verb)}", remedy="See: eo outbox ls")
 
     def _check(self, letter: OutboxLine) -> None:
         """Raise CauseHolds if Kafka would certainly refuse it again; where that is not certain, Kafka decides."""
@@ -354,44 +361,5 @@ class OutboxDesk:
         return int(config["max.message.bytes"]) if "max.message.bytes" in config else None
 
 
-# --- references and cursors ---
-
-
-def _parse(ref: str) -> tuple[OutboxState, int, UUID | None]:
-    if ref.isascii() and ref.isdecimal():
-        return "dead", int(ref), None
-    states: tuple[OutboxState, ...] = ("delayed", "pending")
-    for state in states:
-        number = ref.removeprefix(f"{state}/")
-        if number != ref and number.isascii() and number.isdecimal():
-            return state, int(number), None
-    try:
-        return "dead", 0, UUID(ref)
-    except ValueError as error:
-        raise NotFound(
-            f"{ref!r} names no outbox message.",
-            remedy="Give a dead letter's number, delayed/SEQ, pending/SEQ or a message id, as eo outbox ls shows them.",
-        ) from error
-
-
-def _cursor(place: Place) -> str:
-    return "~".join(part.isoformat() if isinstance(part, datetime) else str(part) for part in place)
-
-
-_PARTS: dict[OutboxState, tuple[Callable[[str], object], ...]] = {
-    "dead": (int,),
-    "delayed": (int, datetime.fromisoformat, int),
-    "pending": (int, int),
-}
-
-
-def _place(state: OutboxState, cursor: str) -> Place:
-    parts = cursor.split("~")
-    try:
-        if len(parts) != len(_PARTS[state]):
-            raise ValueError("too few or too many parts")
-        return tuple(read(part) for read, part in zip(_PARTS[state], parts, strict=True))
-    except ValueError as error:
-        raise NotFound(
-            f"{cursor!r} is no place in the list of {state} messages.", remedy="Copy it from the page before."
-        ) from error
+def _unchanged(verb: Verb) -> str:
+    return "" if verb == "show" else _UNCHANGED

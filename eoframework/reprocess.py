@@ -11,8 +11,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timedelta
-from typing import Literal
 from uuid import UUID
 
 from eoframework import clock
@@ -27,36 +25,19 @@ from eoframework.db.parking import Parking
 from eoframework.db.position import Stream
 from eoframework.db.reprocessing import Reprocessing, Stand
 from eoframework.db.unit_of_work import Timeouts, WorkerConnection
-from eoframework.errors import FailClosed, NotFound
+from eoframework.errors import EoError, FailClosed, NotFound
 from eoframework.handlers import Handler
 from eoframework.kafka.admin import Admin
 from eoframework.kafka.ranges import RangeReader
 from eoframework.message import Record
+from eoframework.reprocess_range import Bound, Range, Resolver, refuse_inverted
+
+__all__ = ["Bound", "Counts", "Plan", "Range", "Reprocess", "tally_document"]
 
 _log = logging.getLogger(__name__)
 
-Bound = int | datetime | timedelta | Literal["earliest", "latest"]
-"""An offset; a time; so long ago; the first offset kept; the end of what is committed."""
-
 _CHUNK = 1000
 _TELL_EVERY = 10.0
-
-
-@dataclass(frozen=True, slots=True)
-class Range:
-    """Offsets of one partition, `end` not among them."""
-
-    partition: int
-    start: int
-    end: int
-    position: int
-    """Where the live consumer stands: what follows is the group's to process."""
-    covered_from: int
-
-    @property
-    def uncovered(self) -> bool:
-        """Whether some of it lies where ids may have been forgotten."""
-        return self.start < min(self.covered_from, self.end)
 
 
 @dataclass(slots=True)
@@ -142,14 +123,15 @@ class Reprocess:
         end: default where the live consumer stands. partitions: default all in which it stands. A producer's
         duplicates among messages that were never processed are counted as often as they occur.
         Raises NotFound for what is not there; FailClosed for a range beyond the live consumer's position, a topic that
-        was re-created, another cluster.
+        was re-created, another cluster; InvertedRange for an end before the start.
         """
+        refuse_inverted(start, end)
         stream, stands = self._stream()
         with self._reader() as reader:
             chosen = self._choose(stands, partitions)
             if isinstance(start, int) or isinstance(end, int):
                 self._refuse_vague_offset(stands, partitions)
-            ranges = tuple(_Resolver(stream, reader, stand).range(start, end) for stand in chosen)
+            ranges = tuple(Resolver(stream, reader, stand).range(start, end) for stand in chosen)
             plan = Plan(stream.consumer, stream.topic, ranges)
             unit = self._unit(stream, self._connection())
             try:
@@ -199,8 +181,18 @@ class Reprocess:
             ended = "reprocess.stopped" if stop.is_set() else "reprocess.end"
         finally:
             unit.connection.discard()
-            self._tables.note(who, ended, subject, tally_document(rerun.tally))
+            self._note_end(who, ended, subject, rerun.tally)
         return rerun.tally
+
+    def _note_end(self, who: str, ended: str, subject: str, tally: Tally) -> None:
+        # Away together, PostgreSQL would otherwise be heard twice: this error in the place of the one that ended it.
+        try:
+            self._tables.note(who, ended, subject, tally_document(tally))
+        except EoError as error:
+            _log.error(
+                "%s of %s could not be recorded: %s The audit lacks this row; what was committed stays, up to %s.",
+                *(ended, subject, error, tally.reached),
+            )
 
     def _run(
         self,
@@ -317,61 +309,6 @@ class Reprocess:
 
     def _reader(self) -> RangeReader:
         return RangeReader(self._settings, self._handler.topic.name, group=self._handler.group)
-
-
-class _Resolver:
-    """From what the user said to the offsets of one partition."""
-
-    def __init__(self, stream: Stream, reader: RangeReader, stand: Stand) -> None:
-        self._where = f"{stream.topic}[{stand.row.partition}]"
-        self._consumer = stream.consumer
-        self._reader = reader
-        self._stand = stand
-        self._low, self._high = reader.edges(stand.row.partition)
-
-    def range(self, start: Bound, end: Bound | None) -> Range:
-        """The range; empty where there is nothing between the bounds."""
-        position = self._stand.row.next_offset
-        first = last = position
-        if position > self._low:  # else nothing of it is kept
-            last = position if end is None else self._within(self._offset(end), end)
-            first = self._within(self._offset(start), start)
-        return Range(self._stand.row.partition, min(first, last), last, position, self._stand.covered_from)
-
-    def _offset(self, bound: Bound) -> int:
-        match bound:
-            case int():
-                if not self._low <= bound <= self._high:
-                    text = f"{self._where} has offsets {self._low} to {self._high}, not {bound}."
-                    raise NotFound(text, remedy="Choose one.")
-                return bound
-            case "earliest":
-                return self._low
-            case "latest":
-                return self._high
-            case timedelta():
-                return self._at(clock.now() - bound)
-            case datetime():
-                return self._at(bound)
-
-    def _at(self, time: datetime) -> int:
-        found = self._reader.offset_at(self._stand.row.partition, int(time.timestamp() * 1000))
-        return self._high if found is None else max(self._low, found)
-
-    def _within(self, offset: int, bound: Bound) -> int:
-        """The offset, at most the position: the messages behind that are the group's, and would lose their order."""
-        position = self._stand.row.next_offset
-        if offset <= position:
-            return offset
-        # Behind the last message there may be transaction markers, which count as offsets.
-        with closing(self._reader.read(self._stand.row.partition, position, min(offset, self._high), limit=1)) as ahead:
-            if next(ahead, None) is None:
-                return position
-        raise FailClosed(
-            f"{self._where}: {bound} is offset {offset}, and {self._consumer} stands at {position}: what follows is "
-            "the group's to process; run here, it would lose its order.",
-            remedy="Choose a range before the position; without --to it ends there.",
-        )
 
 
 def _chunks(reader: RangeReader, ranges: Sequence[Range], limit: int) -> Iterator[tuple[Range, list[Record]]]:

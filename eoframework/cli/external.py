@@ -11,7 +11,7 @@ from eoframework.cli import options
 from eoframework.db import migrating, readiness
 from eoframework.db.external_admin import CallLine, ExternalDesk
 from eoframework.db.session import open_database
-from eoframework.errors import ConfigurationError
+from eoframework.ops import BadInput
 from eoframework.schema import Schema
 from eoframework.settings import Settings
 
@@ -30,9 +30,13 @@ def ls(
 ) -> None:
     """List calls that may have happened, and whose result is not known."""
     desk = _desk(options.start(assignments), wait=not no_wait)
-    lines = desk.lines(consumer=consumer, everything=everything, after=after, limit=limit)
+    found = desk.lines(consumer=consumer, everything=everything, after=after, limit=limit + 1)
+    lines = found[:limit]
     text = "\n".join(_line(line) for line in lines) or "no external calls" + ("" if everything else " are unresolved")
     options.show([_document(line) for line in lines], text, as_json=as_json)
+    if len(found) > limit:
+        # Not on standard output: there is nothing but the list in its JSON.
+        typer.echo(f"more: --after {lines[-1].id}", err=True)
 
 
 @app.command()
@@ -46,7 +50,7 @@ def resolve(
 ) -> None:
     """Store what a person found out about one call; the message uses it when it runs again."""
     if (result is None) != not_done:
-        raise ConfigurationError("say what you found out.", remedy="Give either --result JSON or --not-done.")
+        raise BadInput("say what you found out.", remedy="Give either --result JSON or --not-done.")
     value = _parse(result) if result is not None else None
     desk = _desk(options.start(assignments), wait=not no_wait)
     line = desk.not_done(call) if result is None else desk.resolve(call, value)
@@ -69,9 +73,14 @@ def _desk(settings: Settings, *, wait: bool) -> ExternalDesk:
 
 def _parse(text: str) -> object:
     try:
-        return json.loads(text)
+        # JSON has no NaN, Python's reader does.
+        return json.loads(text, parse_constant=_no_constant)
     except ValueError as error:
-        raise ConfigurationError(f"--result is no JSON: {error}.", remedy="Quote it: --result '{\"id\": 1}'") from error
+        raise BadInput(f"--result is no JSON: {error}.", remedy="Quote it: --result '{\"id\": 1}'") from error
+
+
+def _no_constant(name: str) -> object:
+    raise ValueError(f"{name} is none of its values")
 
 
 def _line(line: CallLine) -> str:

@@ -18,13 +18,14 @@ from eoframework.errors import EoError
 from eoframework.legible import legible, parse_bytes
 from eoframework.outbox_desk import (
     ALL,
+    Discarded,
     OutboxDesk,
     OutboxFilter,
     OutboxLine,
-    OutboxRefusal,
     OutboxState,
     OutboxStats,
     PutBack,
+    Retried,
 )
 from eoframework.schema import Schema
 
@@ -112,14 +113,14 @@ def retry(
     _one_way(refs, which, everything=everything)
     desk = _desk(assignments, wait=not no_wait, actor=actor)
     if refs:
-        # All of them are looked at before the first is changed.
-        letters = sorted({desk.retriable(ref, force=force).number for ref in refs})
-        _report_retried([desk.retry(number, force=True) for number in letters], (), as_json=as_json)
+        retried = desk.retry_each(refs, force=force)
+        _report_retried(retried, as_json=as_json)
+        if retried.gone:
+            raise typer.Exit(options.FINDINGS)
         return
     counted = desk.count("dead", which)
     _confirm(f"Put {counted.count} dead letters back into the outbox?", yes=yes or counted.count == 0)
-    done = desk.retry_all(which, force=force, up_to=counted.up_to)
-    _report_retried(done.moved, done.refused, as_json=as_json)
+    _report_retried(desk.retry_all(which, force=force, up_to=counted.up_to), as_json=as_json)
 
 
 @app.command()
@@ -143,13 +144,17 @@ def discard(
     _one_way(refs, which, everything=everything)
     desk = _desk(assignments, wait=not no_wait, actor=actor)
     if refs:
-        gone = [desk.discard(ref) for ref in dict.fromkeys(desk.find(ref).ref for ref in refs)]
+        done = desk.discard_each(refs)
     else:
         counted = desk.count(state, which)
         _confirm(f"Discard {counted.count} {state} messages for good?", yes=yes or counted.count == 0)
-        gone = desk.discard_all(state, which, up_to=counted.up_to)
-    text = "\n".join(f"{line.ref} {line.message_id} {line.topic}: discarded" for line in gone) or "nothing discarded"
-    options.show({"discarded": [_document(line) for line in gone]}, text, as_json=as_json)
+        done = Discarded(desk.discard_all(state, which, up_to=counted.up_to))
+    lines = [f"{line.ref} {line.message_id} {line.topic}: discarded" for line in done.lines]
+    lines += [f"{ref}: {_GONE}" for ref in done.gone]
+    document = {"discarded": [_document(line) for line in done.lines], "gone": done.gone}
+    options.show(document, "\n".join(lines) or "nothing discarded", as_json=as_json)
+    if done.gone:
+        raise typer.Exit(options.FINDINGS)
 
 
 @app.command()
@@ -211,16 +216,20 @@ def _confirm(question: str, *, yes: bool) -> None:
 
 # --- what goes out ---
 
+_GONE = "was gone when its turn came; eo outbox show says what became of it"
 
-def _report_retried(moved: Sequence[PutBack], refused: Sequence[OutboxRefusal], *, as_json: bool) -> None:
-    lines = [f"{done.dead_letter} {done.message_id} {done.topic}: {_standing(done)}" for done in moved]
-    lines += [f"{refusal.letter.ref} {refusal.letter.message_id} left as it is: {refusal.why}" for refusal in refused]
+
+def _report_retried(done: Retried, *, as_json: bool) -> None:
+    lines = [f"{one.dead_letter} {one.message_id} {one.topic}: {_standing(one)}" for one in done.moved]
+    lines += [f"{number}: {_GONE}" for number in done.gone]
+    lines += [f"{left.letter.ref} {left.letter.message_id} left as it is: {left.why}" for left in done.refused]
     document = {
-        "retried": [asdict(done) | {"message_id": str(done.message_id)} for done in moved],
-        "refused": [{"ref": refusal.letter.ref, "why": str(refusal.why)} for refusal in refused],
+        "retried": [asdict(one) | {"message_id": str(one.message_id)} for one in done.moved],
+        "gone": [str(number) for number in done.gone],
+        "refused": [{"ref": left.letter.ref, "why": str(left.why)} for left in done.refused],
     }
     options.show(document, "\n".join(lines) or "nothing to retry", as_json=as_json)
-    if refused:
+    if done.refused:
         raise typer.Exit(options.FINDINGS)
 
 

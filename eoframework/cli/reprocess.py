@@ -12,7 +12,6 @@ import typer
 from eoframework import bootstrap, lifecycle
 from eoframework.cli import options
 from eoframework.consume.rerun import Tally
-from eoframework.errors import ConfigurationError
 from eoframework.ops import BadInput
 from eoframework.reprocess import Bound, Plan, Reprocess, tally_document
 
@@ -93,11 +92,9 @@ def _bound(text: str) -> Bound:
     try:
         time = datetime.fromisoformat(text)
     except ValueError as error:
-        raise ConfigurationError(f"{text!r} is no place in a topic.", remedy=f"{_BOUND}.") from error
+        raise BadInput(f"{text!r} is no place in a topic.", remedy=f"{_BOUND}.") from error
     if time.tzinfo is None:
-        raise ConfigurationError(
-            f"{text!r}: in which time zone?", remedy=f"Write {text}Z, or an offset such as +02:00."
-        )
+        raise BadInput(f"{text!r}: in which time zone?", remedy=f"Write {text}Z, or an offset such as +02:00.")
     return time
 
 

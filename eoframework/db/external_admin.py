@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ WHERE e.id > %(after)s AND (%(consumer)s::text IS NULL OR c.name = %(consumer)s)
     AND (%(everything)s OR e.done_at IS NULL AND e.owner IS NOT NULL AND e.lease_until <= clock_timestamp())
 ORDER BY e.id LIMIT %(limit)s
 """
+_CONSUMERS = "SELECT name FROM {eo}.consumer ORDER BY name"
 _ONE = f"{_COLUMNS} WHERE e.id = %(id)s FOR UPDATE OF e"
 # fence + 1: should the caller still be at it after all, its word comes too late.
 _DONE = """
@@ -87,9 +89,14 @@ class ExternalDesk:
     def lines(
         self, *, consumer: str | None = None, everything: bool = False, after: int = 0, limit: int = 100
     ) -> list[CallLine]:
-        """The unresolved calls, or all; the next page begins after the last one's id."""
+        """The unresolved calls, or all; the next page begins after the last one's id.
+
+        Raises NotFound for a consumer nobody knows: an empty list would look like good news.
+        """
         values = {"consumer": consumer, "everything": everything, "after": after, "limit": limit}
         with self._database.begin("reading external calls") as connection:
+            if consumer is not None:
+                _refuse_unknown(consumer, [row[0] for row in self._run(connection, _CONSUMERS, {})])
             return [CallLine(*row) for row in self._run(connection, _LS, values)]
 
     def resolve(self, id: int, result: object) -> CallLine:  # noqa: A002 - its name
@@ -129,6 +136,15 @@ class ExternalDesk:
 
     def _run(self, connection: Connection, template: str, values: Mapping[str, object]) -> Sequence[Any]:
         return connection.exec_driver_sql(self._database.schema.sql(template), dict(values)).all()
+
+
+def _refuse_unknown(consumer: str, known: Sequence[str]) -> None:
+    if consumer not in known:
+        near = difflib.get_close_matches(consumer, known, n=1)
+        listed = f"Known: {', '.join(known)}." if known else "There is none yet."
+        raise NotFound(
+            f"the database knows no consumer {consumer!r}.", remedy=f"Did you mean {near[0]!r}?" if near else listed
+        )
 
 
 def _check(line: CallLine) -> None:

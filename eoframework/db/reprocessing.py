@@ -46,9 +46,10 @@ _REMEMBERED = """
 SELECT message_id FROM {eo}.processed_message WHERE consumer_id = %(consumer_id)s AND message_id = ANY(%(ids)s::uuid[])
 """
 # Locked in the order in which everybody inserts them. What was recorded after the repetition began has been repeated.
+# first_at: a duplicate that came in live meanwhile makes processed_at younger, and repeats nothing.
 _REPEAT = """
 WITH old AS (SELECT message_id FROM {eo}.processed_message WHERE consumer_id = %(consumer_id)s
-    AND message_id = ANY(%(ids)s::uuid[]) AND processed_at < %(before)s ORDER BY message_id FOR UPDATE)
+    AND message_id = ANY(%(ids)s::uuid[]) AND first_at < %(before)s ORDER BY message_id FOR UPDATE)
 UPDATE {eo}.processed_message p SET processed_at = now(), first_at = now() FROM old
 WHERE p.consumer_id = %(consumer_id)s AND p.message_id = old.message_id RETURNING p.message_id
 """

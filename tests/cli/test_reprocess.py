@@ -71,10 +71,11 @@ def test_what_is_refused(drained: Shell) -> None:
         (("--from", "earliest", "--yes"), 70, "--forget"),
         (("--from", "3"), 5, "--partition"),
         (("--from", "0", "--partition", "9"), 5, "no position in partition 9"),
-        (("--from", "yesterday"), 3, "no place in a topic"),
-        (("--from", "2026-11-21T10:00"), 3, "time zone"),
+        (("--from", "yesterday"), 2, "no place in a topic"),
+        (("--from", "2026-11-21T10:00"), 2, "time zone"),
         (("--from", "earliest", "--rate", "0"), 2, "--rate"),
         ((), 2, "--from"),
+        (("--from", "1", "--to", "0", "--partition", "0"), 2, "ends before it begins"),
     ):
         assert says in drained.run(*AGAIN, *arguments, code=code).stderr
     assert "Did you mean 'book'" in drained.run("reprocess", APP, "boook", "--from", "earliest", code=5).stderr

@@ -72,7 +72,11 @@ def test_ls(eo: Cli, step: Step) -> None:
     assert every[1]["result"] == {"id": 1}
     page = json.loads(eo("ls", "--json", "--all", "--after", str(every[0]["id"]), "--limit", "1").stdout)
     assert [one["id"] for one in page] == [every[1]["id"]]
-    assert json.loads(eo("ls", "--json", "--consumer", "nobody.here").stdout) == []
+    assert len(json.loads(eo("ls", "--json", "--all", "--consumer", "shop.pay").stdout)) == 3
+    assert "Did you mean 'shop.pay'" in eo("ls", "--consumer", "shop.pya", code=5).stderr
+    assert "knows no consumer 'nobody.here'" in eo("ls", "--json", "--consumer", "nobody.here", code=5).stderr
+    assert f"more: --after {every[1]['id']}" in eo("ls", "--all", "--limit", "2").stderr
+    assert "more" not in eo("ls", "--all", "--limit", "3").stderr
     shown = eo("ls").stdout
     assert "shop.pay charge orders[0]@0 unresolved: 1 call, ended with TimeoutError" in shown
 
@@ -113,10 +117,10 @@ def test_a_call_that_may_be_running_is_not_resolved(eo: Cli, step: Step, databas
     ("arguments", "code", "says"),
     [
         (("99999", "--not-done"), 5, "there is no external call 99999"),
-        (("1",), 3, "either --result JSON or --not-done"),
-        (("1", "--not-done", "--result", "1"), 3, "either --result JSON or --not-done"),
-        (("1", "--result", "{"), 3, "is no JSON"),
-        (("1", "--result", "NaN"), 3, "the result is no JSON"),
+        (("1",), 2, "either --result JSON or --not-done"),
+        (("1", "--not-done", "--result", "1"), 2, "either --result JSON or --not-done"),
+        (("1", "--result", "{"), 2, "is no JSON"),
+        (("1", "--result", "NaN"), 2, "is no JSON: NaN"),
     ],
 )
 def test_bad_commands_change_nothing(

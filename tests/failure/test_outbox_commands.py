@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 from sqlalchemy import text
+from typer.testing import CliRunner
 
 from eoframework import clock
+from eoframework.cli import outbox as commands
 from eoframework.db.outbox import Outbox
 from eoframework.db.outbox_desk import OutboxTable
 from eoframework.db.session import Database
@@ -21,6 +23,7 @@ from eoframework.message import OutboxMessage, new_id
 from eoframework.outbox_desk import CauseHolds, OutboxDesk, OutboxFilter, OutboxLine, OutboxState
 from eoframework.settings import Settings, environment
 from tests.conftest import REPOSITORY, MakeTopic
+from tests.failure.past import listening
 from tests.processes import settings_environment
 
 
@@ -180,21 +183,66 @@ def test_bad_commands_say_so_and_change_nothing(
         with pytest.raises(error, match=says):
             desk.retry(ref)
     for ref, error, says in (
-        (handler, NotFound, "of a handler"),
+        (handler, NotFound, f"eo dead discard {handler}"),
         (pending.id, ConfigurationError, "only relays may delete those"),
         (999, NotFound, "does not exist"),
     ):
         with pytest.raises(error, match=says):
             desk.discard(ref)
+    # Who only looks is told neither to change something nor that nothing was changed.
+    for unknown, says in (
+        (handler, f"eo dead show {handler}"),
+        (999, "does not exist"),
+        (new_id(), "holds no message"),
+    ):
+        with pytest.raises(NotFound, match=says) as shown:
+            desk.find(unknown)
+        assert "Nothing was changed" not in str(shown.value)
     assert everything(database) == before
     # The command line says the same, and ends with the error's code; none of several is changed when one is wrong.
     assert "does not exist" in eo(settings, "retry", str(large), "999", "--force", code=5).stderr
     assert "at most 5000" in eo(settings, "retry", str(large), code=4).stderr
+    assert "only relays may" in eo(settings, "discard", str(large), desk.find(pending.id).ref, code=3).stderr
     assert "Nobody is here to answer" in eo(settings, "discard", "--all", code=2).stderr
     assert "Put 2 dead letters back" in eo(settings, "retry", "--all", code=2).stderr
     eo(settings, "discard", "1", "--all", code=2)
     eo(settings, "retry", code=2)
     assert everything(database) == before
+
+
+def test_a_waiting_message_names_the_letter_it_waits_for(database: Database, desk: OutboxDesk) -> None:
+    publish(database, 1)
+    held = bury(database, "t", key="k0")
+    sql(database, "INSERT INTO eo.outbox_held SELECT topic, sha256(key), id FROM eo.dead_letter")
+    remedy = f"waits for dead letter {held}.*eo outbox retry {held}, or eo outbox discard {held}"
+    with pytest.raises(ConfigurationError, match=f"(?s){remedy}"):
+        desk.retry(walk(desk, "pending")[0].ref)
+
+
+@pytest.mark.parametrize("verb", ["retry", "discard"])
+def test_one_of_several_that_vanishes_is_told_with_what_was_done(
+    database: Database, desk: OutboxDesk, settings: Settings, verb: str
+) -> None:
+    """Seen to fail with LetterGone raised out of the loop: the error said that nothing was changed."""
+    first, second, third = (bury(database) for _ in range(3))
+    rivals = [second]
+    name = "retried" if verb == "retry" else "discarded"
+
+    def overtake() -> None:
+        if rivals:
+            desk.discard(rivals.pop())
+
+    with listening(f"outbox.{name}", overtake):
+        done = CliRunner().invoke(
+            commands.app,
+            [verb, str(first), str(second), str(third), "--json"],
+            env=settings_environment(settings, NO_COLOR="1"),
+        )
+    assert done.exit_code == 4, done.output
+    document = json.loads(done.stdout)
+    assert [entry.get("dead_letter") or int(entry["ref"]) for entry in document[name]] == [first, third]
+    assert document["gone"] == [str(second)]
+    assert sql(database, "SELECT count(*) FROM eo.dead_letter") == [(0,)]
 
 
 def everything(database: Database) -> list[tuple[Any, ...]]:
@@ -227,8 +275,11 @@ def test_retry_all_is_bound_by_what_was_counted(database: Database, desk: Outbox
     assert [line.number for line in desk.discard_all()] == [later]
 
 
+@pytest.mark.parametrize("each", [False, True], ids=["all", "each"])
 @pytest.mark.parametrize("discard", [False, True], ids=["retry", "discard"])
-def test_a_deadlock_does_not_end_it_half_way(database: Database, desk: OutboxDesk, *, discard: bool) -> None:
+def test_a_deadlock_does_not_end_it_half_way(
+    database: Database, desk: OutboxDesk, *, discard: bool, each: bool
+) -> None:
     """Seen to fail without `patiently`: the first one was done, the third never tried."""
     letters = [bury(database) for _ in range(3)]
     with database.engine.begin() as connection:
@@ -243,9 +294,11 @@ def test_a_deadlock_does_not_end_it_half_way(database: Database, desk: OutboxDes
                 WHEN (new.subject = 'dead_letter/{letters[1]}') EXECUTE FUNCTION deadlock()"""
         )
     if discard:
-        assert [line.number for line in desk.discard_all()] == letters
+        lines = desk.discard_each(letters).lines if each else desk.discard_all()
+        assert [line.number for line in lines] == letters
     else:
-        assert [moved.dead_letter for moved in desk.retry_all().moved] == letters
+        done = desk.retry_each(letters) if each else desk.retry_all()
+        assert [moved.dead_letter for moved in done.moved] == letters
 
 
 def test_discard_of_delayed_messages(database: Database, desk: OutboxDesk, settings: Settings) -> None:

@@ -11,11 +11,14 @@ from confluent_kafka import Producer
 from sqlalchemy import make_url
 
 from eoframework import External, ExternalCall, Message, NotDone, clock
+from eoframework.db.processed import ProcessedMessages
 from eoframework.db.session import Database, open_database
 from eoframework.errors import FailClosed, NotFound
 from eoframework.kafka.admin import Admin
 from eoframework.kafka.config import transactional_config
 from eoframework.message import position_id
+from eoframework.reprocess import Bound, Counts
+from eoframework.reprocess_range import InvertedRange
 from eoframework.schema import Schema
 from eoframework.settings import Settings
 from tests.conftest import MakeTopic, make_settings
@@ -331,6 +334,29 @@ class TestForget:
         assert past.booked() == [*range(4), *range(4)]
         assert (tally.ran, tally.duplicates) == (4, 4)
 
+    def test_a_duplicate_that_comes_in_live_meanwhile_leaves_none_out(
+        self, settings: Settings, database: Database, topic_name: str
+    ) -> None:
+        """Seen to fail with `processed_at < before` in `_REPEAT`: 2 and 3 were not repeated."""
+        past = Past(settings.model_copy(update={"max_batch": 2}), database, topic_name)
+        past.send(4)
+        past.live()
+        past.run("UPDATE eo.processed_message SET processed_at = now() - interval '2 hours'")
+        later = [uuid.uuid5(uuid.NAMESPACE_OID, str(n)) for n in (2, 3)]
+        renewed: list[set[uuid.UUID]] = []
+
+        def duplicate() -> None:
+            if not renewed:
+                with database.begin("test") as connection:
+                    consumer = connection.exec_driver_sql("SELECT id FROM eo.consumer").scalar_one()
+                    renewed.append(ProcessedMessages(database.schema).claim(connection, consumer, later))
+
+        with listening("reprocess.handled", duplicate):
+            tally = past.repeat()
+        assert renewed == [set()], "both were remembered"
+        assert (tally.ran, tally.duplicates) == (4, 0)
+        assert past.booked() == [*range(4), *range(4)]
+
     def test_a_failing_repetition_leaves_its_id(self, past: Past) -> None:
         """Seen to fail with the ids deleted in a transaction of their own: run without forget, 3 was booked again."""
         past.send(6)
@@ -368,6 +394,49 @@ class TestForget:
         recorded = column(past.database.engine, "SELECT message_id FROM eo.processed_message")
         topic_id = scalar(past.database.engine, "SELECT topic_id FROM eo.position")
         assert position_id(topic_id, 0, 4) in recorded
+
+
+class TestTheEnd:
+    def test_the_error_that_ended_it_is_raised_even_if_postgresql_is_away(
+        self, past: Past, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Seen to fail with `note` in the `finally` itself: LostConnection, of the audit row, was raised."""
+        past.send(3)
+        past.live()
+        url = make_url(past.settings.require_database_url())
+        with proxy_to(url.host or "", url.port or 5432) as proxy:
+            through = url.set(host="127.0.0.1", port=proxy.port).render_as_string(hide_password=False)
+            past.settings = make_settings(through, past.settings.require_bootstrap_servers())
+            past.database = database = open_database(through, Schema())
+            past.app = past.declare(type(past.app)(past.app.name, engine=database.engine, settings=past.settings))
+
+            def fail(tally: object) -> None:
+                proxy.close()
+                raise BrokenPipeError("the real error")
+
+            with pytest.raises(BrokenPipeError, match="the real error"):
+                past.again(on_progress=fail)
+            database.engine.dispose()
+        assert f"reprocess.failed of consumer/{past.group} could not be recorded" in caplog.text
+
+    @pytest.mark.parametrize(
+        ("start", "end"),
+        [
+            (5, 2),
+            (timedelta(hours=1), timedelta(hours=2)),
+            (clock.now(), clock.now() - timedelta(hours=1)),
+            ("latest", "earliest"),
+            (timedelta(minutes=-1), 2),
+            (3, timedelta(hours=1)),
+        ],
+    )
+    def test_an_end_before_the_start(self, past: Past, start: Bound, end: Bound) -> None:
+        past.send(6)
+        past.live()
+        with pytest.raises(InvertedRange, match="ends before it begins"):
+            past.plan(start, end, partitions=(0,))
+        assert past.plan(2, 2, partitions=(0,)).counts == Counts(), "an empty one is none"
+        assert past.plan(timedelta(hours=1), "latest").counts.duplicates == 6
 
 
 class TestTheLog:
