@@ -16,6 +16,7 @@ import logging
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import partial
 from typing import Generic
 
@@ -27,8 +28,8 @@ from eoframework.db.audit import whoever
 from eoframework.db.dead_letter_desk import DeadFilter, DeadGroup, DeadLetter, DeadLetterDesk, LetterGone, Place
 from eoframework.db.lane_desk import LaneDesk, ParkedLane, ParkedMessage
 from eoframework.db.session import Database
-from eoframework.errors import ConfigurationError, DecodeError, EoError, FailClosed, NotFound
-from eoframework.handlers import Handler
+from eoframework.dead_checks import UNCHANGED, check_replayable, handler_of
+from eoframework.errors import EoError, NotFound
 from eoframework.patience import patiently
 from eoframework.trial import RowChange, TableChanges, Trial
 
@@ -43,6 +44,8 @@ __all__ = [  # noqa: RUF022 - by what they are for
     "letters",
     "groups",
     "count",
+    "Counted",
+    "counted",
     "find",
     "lanes",
     "waiting",
@@ -59,6 +62,7 @@ __all__ = [  # noqa: RUF022 - by what they are for
     "discard",
     "discard_all",
     "count_parked",
+    "counted_parked",
     "discard_parked",
 ]
 
@@ -67,7 +71,6 @@ T = TypeVar("T")
 _ALL = DeadFilter()
 _PREVIEW = 200
 _AT_ONCE = 50
-_DECODE_ERROR = f"{DecodeError.__module__}.{DecodeError.__qualname__}"
 
 _log = logging.getLogger(__name__)
 
@@ -79,6 +82,15 @@ class Page(Generic[T]):
     items: tuple[T, ...]
     after: str | None
     """What to give as `after` for the next page; None at the end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Counted(Generic[T]):
+    """How many there are, and what bounds them: what comes after the count is not among them."""
+
+    count: int
+    up_to: T
+    """For the change that is made with this number in mind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,12 +131,17 @@ def groups(database: Database, which: DeadFilter = _ALL, *, limit: int = 50, aft
 
 def count(database: Database, which: DeadFilter = _ALL) -> int:
     """How many dead letters there are. Raises NotFound for an unknown handler."""
-    return _asked(database, which).count(which)[0]
+    return counted(database, which).count
+
+
+def counted(database: Database, which: DeadFilter = _ALL) -> Counted[int]:
+    """`count`, with the highest number among them: `up_to` for replay_all and discard_all."""
+    return Counted(*_asked(database, which).count(which))
 
 
 def find(database: Database, letter_id: int) -> DeadLetter:
     """One dead letter, whole. Raises NotFound, which says what became of it, when and by whom."""
-    return _found(DeadLetterDesk(database), [letter_id])[0]
+    return _found(DeadLetterDesk(database), [letter_id], outbox="eo outbox show")[0]
 
 
 def lanes(
@@ -160,7 +177,7 @@ def try_letter(app: App, letter_id: int, *, rows: int = trial.ROWS) -> Trial:
     ConfigurationError when the app has no such handler any more.
     """
     letter = find(app.database, letter_id)
-    return trial.run(app, _handler_of(app, letter), letter.stream(), letter.record, rows=rows)
+    return trial.run(app, handler_of(app, letter), letter.stream(), letter.record, rows=rows)
 
 
 def replay(
@@ -177,13 +194,14 @@ def replay(
     Each is one transaction, in the order of partition and offset. On a crash: every letter is dead or waits, never both
     and never neither; say it again for the rest. Issued twice: the second finds them gone. If one of them cannot be
     replayed, nothing is changed: raises NotFound (unknown, replayed or discarded before, of the outbox),
-    ConfigurationError (the app has no such handler, or its topic type no longer reads the payload), FailClosed (topic
-    re-created, processed since).
+    ConfigurationError (the app has no such handler, or its topic type no longer reads the payload), FailClosed
+    (positions forgotten, topic re-created, processed since).
     rate: letters a second. stop: leaves after the letter at hand. actor: for the audit, default user@host.
     """
-    chosen = sorted(_found(DeadLetterDesk(app.database), ids), key=lambda letter: letter.place)
+    found = _found(DeadLetterDesk(app.database), ids, outbox="eo outbox retry", end=UNCHANGED)
+    chosen = sorted(found, key=lambda letter: letter.place)
     for letter in chosen:
-        _check(app, letter)
+        check_replayable(app, letter)
     return _replay(app, chosen, actor=actor, rate=rate, dry_run=dry_run, stop=stop or threading.Event())
 
 
@@ -195,52 +213,74 @@ def replay_all(
     rate: float | None = None,
     dry_run: bool = False,
     stop: threading.Event | None = None,
+    up_to: int | None = None,
 ) -> Replayed:
     """`replay` for every letter of the app that there is now and that the filter lets through.
 
     What cannot be replayed stays as it is and is in `refused`. A letter that dies again meanwhile is not sent again.
+    up_to: the highest number to be taken, of `counted`: what died since a person was asked is left alone.
     """
     desk = _asked(app.database, which)
     ours = of_app(which, app)
-    found = _in_order(desk, ours, up_to=desk.count(ours)[1])
+    last = desk.count(ours)[1] if up_to is None else up_to
+    found = _in_order(desk, ours, up_to=last)
     return _replay(app, found, actor=actor, rate=rate, dry_run=dry_run, stop=stop or threading.Event())
 
 
-def discard(database: Database, ids: Collection[int], *, actor: str | None = None) -> list[int]:
+def discard(
+    database: Database, ids: Collection[int], *, actor: str | None = None, forget_id: bool = False
+) -> list[int]:
     """Delete dead letters for good: their messages count as processed, and keys held for them go on.
+
+    forget_id: their messages count as not processed, so that their payloads, published anew with the ids they had, are
+    run. Save the payloads before. An id processed since in another delivery is kept.
 
     Each is one transaction with its audit row, which keeps the cause. On a crash: say it again for the rest. Raises
     NotFound if one of them does not exist; nothing is changed then. Returns the numbers deleted.
     """
     desk = DeadLetterDesk(database)
-    chosen = sorted(_found(desk, ids), key=lambda letter: letter.place)
-    return _discard(desk, chosen, whoever(actor))
+    found = _found(desk, ids, outbox="eo outbox discard", end=UNCHANGED)
+    chosen = sorted(found, key=lambda letter: letter.place)
+    return _discard(desk, chosen, whoever(actor), forget_id=forget_id)
 
 
-def discard_all(database: Database, which: DeadFilter = _ALL, *, actor: str | None = None) -> list[int]:
-    """`discard` for every letter that there is now and that the filter lets through."""
+def discard_all(
+    database: Database, which: DeadFilter = _ALL, *, actor: str | None = None, up_to: int | None = None
+) -> list[int]:
+    """`discard` for every letter that there is now, or up to that number, and that the filter lets through."""
     desk = _asked(database, which)
-    return _discard(desk, _in_order(desk, which, up_to=desk.count(which)[1], preview=0), whoever(actor))
+    last = desk.count(which)[1] if up_to is None else up_to
+    return _discard(desk, _in_order(desk, which, up_to=last, preview=0), whoever(actor))
 
 
 def count_parked(database: Database, which: DeadFilter = _ALL) -> int:
     """How many messages wait in the lanes that the filter lets through. Raises NotFound for an unknown handler."""
+    return counted_parked(database, which).count
+
+
+def counted_parked(database: Database, which: DeadFilter = _ALL) -> Counted[datetime]:
+    """`count_parked`, with the time of the count, by the database's clock: `up_to` for discard_parked."""
     _asked(database, which)
-    return LaneDesk(database).count(which)
+    return Counted(*LaneDesk(database).count(which))
 
 
-def discard_parked(database: Database, which: DeadFilter = _ALL, *, actor: str | None = None) -> int:
+def discard_parked(
+    database: Database, which: DeadFilter = _ALL, *, actor: str | None = None, up_to: datetime | None = None
+) -> int:
     """Delete what waits in these lanes for good: the messages count as processed. Returns how many that were.
 
     Each lane is one transaction with its audit row. On a crash: say it again for the rest.
+    up_to: only what was parked until then, by the database's clock; now without it. A lane that the filter no longer
+    lets through when its turn comes is left alone.
     """
-    _asked(database, which)
+    last = counted_parked(database, which).up_to if up_to is None else up_to
     desk, who, gone = LaneDesk(database), whoever(actor), 0
     after: str | None = None
     while page := desk.lanes(which, after=after, limit=_AT_ONCE):
         for lane in page:
-            count = patiently(partial(desk.discard, lane, actor=who), "This lane", gone)
-            _log.warning("%d messages that waited in lane %s of %s discarded.", count, lane.cursor, lane.consumer)
+            count = patiently(partial(desk.discard, lane, which, up_to=last, actor=who), "This lane", gone)
+            if count:
+                _log.warning("%d messages that waited in lane %s of %s discarded.", count, lane.cursor, lane.consumer)
             gone += count
         after = page[-1].cursor
     return gone
@@ -249,73 +289,21 @@ def discard_parked(database: Database, which: DeadFilter = _ALL, *, actor: str |
 # --- refusals ---
 
 
-def _check(app: App, letter: DeadLetter) -> None:
-    handler = _handler_of(app, letter)
-    if not letter.has_position:
-        raise FailClosed(
-            f"dead letter {letter.id} ({letter.consumer}) is of topic {letter.record.topic} with the id "
-            f"{letter.topic_id}, which the consumer no longer stands for: the topic was re-created, or its positions "
-            "were forgotten. Nothing was changed.",
-            remedy=f"Publish its payload anew: eo dead show {letter.id} --payload | eo publish MODULE:APP "
-            f"{letter.record.topic}; then eo dead discard {letter.id}",
-        )
-    if letter.processed_since:
-        raise FailClosed(
-            f"dead letter {letter.id} ({letter.consumer}): its message {letter.message_id} was processed after it was "
-            "given up on, in another delivery. Nothing was changed.",
-            remedy=f"To delete the letter: eo dead discard {letter.id}",
-        )
-    try:
-        trial.decode(handler, letter.record)
-    except DecodeError as error:
-        raise _unreadable(handler, letter, error) from error
+def _found(desk: DeadLetterDesk, ids: Collection[int], *, outbox: str, end: str = "") -> list[DeadLetter]:
+    """The letters, all of them. Raises NotFound for the first that is missing.
 
-
-def _unreadable(handler: Handler, letter: DeadLetter, error: DecodeError) -> ConfigurationError:
-    if letter.error_class == _DECODE_ERROR:
-        return ConfigurationError(
-            f"dead letter {letter.id} ({letter.consumer}) still cannot be decoded: {error.what} Nothing was changed.",
-            remedy=f"Widen the payload type of {handler.topic!r}, or: eo dead discard {letter.id}",
-        )
-    return ConfigurationError(
-        f"dead letter {letter.id} ({letter.consumer}) was readable when it was given up on, and no longer is: the "
-        f"payload type of {handler.topic!r} has changed ({handler.topic.where}): {error.what} Nothing was changed.",
-        remedy="Let the type read both shapes.",
-    )
-
-
-def _handler_of(app: App, letter: DeadLetter) -> Handler:
-    found = next((handler for handler in app.handlers if handler.group == letter.consumer), None)
-    if found is not None and found.topic.name == letter.record.topic:
-        return found
-    about = f"dead letter {letter.id} is of {letter.consumer} on {letter.record.topic}"
-    if found is not None:
-        raise ConfigurationError(
-            f"{about}, but that handler reads {found.topic.name} now ({found.where}). Nothing was changed.",
-            remedy=f"eo dead show {letter.id} --payload writes its payload.",
-        )
-    name = letter.consumer.removeprefix(f"{app.name}.")
-    if name == letter.consumer:
-        raise ConfigurationError(f"{about}, not of app {app.name!r}. Nothing was changed.", remedy="Give its app.")
-    raise ConfigurationError(
-        f"{about}, and app {app.name!r} has no handler {name!r} any more. Nothing was changed.",
-        remedy=f"If it was renamed, say name={name!r} where it is declared now.",
-    )
-
-
-def _found(desk: DeadLetterDesk, ids: Collection[int]) -> list[DeadLetter]:
-    """The letters, all of them. Raises NotFound for the first that is missing."""
+    outbox: the command that does to a letter of the outbox what was asked for. end: what the refusal ends with.
+    """
     found = desk.find(ids)
     missing = [number for number in ids if number not in found]
     if missing:
         fate = desk.fates(missing).get(missing[0])
         if fate == "outbox":
             raise NotFound(
-                f"dead letter {missing[0]} is of the outbox, not of a handler. Nothing was changed.",
-                remedy=f"eo outbox retry {missing[0]}",
+                f"dead letter {missing[0]} is of the outbox, not of a handler.{end}", remedy=f"{outbox} {missing[0]}"
             )
         why = f"is no more: {fate}" if fate else "does not exist"
-        raise NotFound(f"dead letter {missing[0]} {why}. Nothing was changed.", remedy="See: eo dead ls")
+        raise NotFound(f"dead letter {missing[0]} {why}.{end}", remedy="See: eo dead ls")
     return list(found.values())
 
 
@@ -363,7 +351,7 @@ def _replay(
             done.stopped = True
             break
         try:
-            _check(app, letter)
+            check_replayable(app, letter)
         except EoError as why:
             done.refused.append(Refusal(letter, why))
             continue
@@ -378,11 +366,14 @@ def _replay(
     return done
 
 
-def _discard(desk: DeadLetterDesk, chosen: Sequence[DeadLetter] | Iterator[DeadLetter], who: str) -> list[int]:
+def _discard(
+    desk: DeadLetterDesk, chosen: Sequence[DeadLetter] | Iterator[DeadLetter], who: str, *, forget_id: bool = False
+) -> list[int]:
     done: list[int] = []
     for letter in chosen:
         try:
-            patiently(partial(desk.discard, letter, actor=who), f"Dead letter {letter.id}", len(done))
+            change = partial(desk.discard, letter, actor=who, forget_id=forget_id)
+            patiently(change, f"Dead letter {letter.id}", len(done))
         except LetterGone:
             continue  # somebody else was faster, and the audit says who
         _log.warning("dead letter %d (%s, %s) discarded: %s", letter.id, letter.consumer, letter.record, letter.cause)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from eoframework.app import App
 from eoframework.consume.external import ExternalCalls
@@ -11,7 +11,8 @@ from eoframework.db.position import Stream
 from eoframework.db.session import Connection, Database
 from eoframework.db.trial_rows import RowChange, RowWatch, TableChanges
 from eoframework.db.unit_of_work import Timeouts, WorkerConnection, handler_session
-from eoframework.errors import Conflict, DecodeError
+from eoframework.errors import Conflict, DecodeError, Permanent
+from eoframework.external import Results
 from eoframework.failures import Cause, cause_of
 from eoframework.handlers import Handler
 from eoframework.message import Message, OutboxMessage, Record, Source
@@ -28,9 +29,13 @@ class Trial:
     """What the handler would do: all of this was rolled back."""
 
     error: Cause | None
-    """Why it fails; then there are no changes."""
+    """Why it fails, or could not be run; then there are no changes."""
     tables: tuple[TableChanges, ...] = ()
     published: tuple[OutboxMessage, ...] = ()
+
+
+class ResultMissing(Permanent):
+    """The handler was not run: a result that it would ask for is not stored."""
 
 
 class _RolledBack(Exception):
@@ -98,6 +103,9 @@ def _attempt(
         published = _call(app, handler, stream, record, open_connection)
         connection.check_intact()
         watch.check_constraints()
+    except ResultMissing as missing:
+        # Nobody's code failed: whoever reads the traceback would look for a fault in the handler.
+        return Trial(replace(cause_of(missing, text=True), traceback=None))
     except Exception as error:
         trouble = passing_trouble(error, handler.group)
         if trouble is not None:
@@ -110,6 +118,8 @@ def _call(app: App, handler: Handler, stream: Stream, record: Record, connection
     message = decode(handler, record)
     source = Source(handler.group, stream.topic_id, record.partition, record.offset, record.timestamp)
     calls = ExternalCalls(handler, app.database, stream, owner="trial")
+    results = calls.stored(connection, message)
+    _check_stored(handler, results)
     with handler_session(app.session_factory, connection, handler=handler.group) as session:
         tx = Tx(session, app_name=app.name, consumer=handler.group)
         if handler.batch:
@@ -118,6 +128,16 @@ def _call(app: App, handler: Handler, stream: Stream, record: Record, connection
             for error in tx.take_failed().values():
                 raise error
         else:
-            tx.enter(message, source, calls.stored(connection, message))
+            tx.enter(message, source, results)
             handler.call(message, tx)
     return tx.take_outbox()
+
+
+def _check_stored(handler: Handler, results: Results) -> None:
+    missing = [repr(external.name) for external in handler.external if external.name not in (results or {})]
+    if missing:
+        raise ResultMissing(
+            f"the handler was not run: there is no stored result of {', '.join(missing)}, which was never called, or "
+            "is unresolved (eo external ls). A replay would call it, or do what its `unresolved` says; a trial calls "
+            "nothing."
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import threading
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from eoframework.cli import dead_shown, filters, options
 from eoframework.db import migrating, readiness
 from eoframework.db.session import Database, open_database
 from eoframework.errors import EoError, NotFound
+from eoframework.legible import legible
 from eoframework.schema import Schema
 from eoframework.settings import Settings
 
@@ -146,11 +148,12 @@ def replay(
     speed = filters.parse_rate(rate) if rate is not None else None
     loaded = _app(reference, assignments, wait=not no_wait)
     stop = threading.Event()
+    how: dict[str, Any] = {"actor": actor, "rate": speed, "dry_run": dry_run, "stop": stop}
     if everything and not dry_run:
-        many = dead.count(loaded.database, dead.of_app(chosen.which, loaded))
-        _confirm(f"Replay {many} dead letters of {loaded.name}?", yes=yes)
+        counted = dead.counted(loaded.database, dead.of_app(chosen.which, loaded))
+        _confirm(f"Replay {counted.count} dead letters of {loaded.name}?", yes=yes)
+        how["up_to"] = counted.up_to
     with lifecycle.signals(stop):
-        how: dict[str, Any] = {"actor": actor, "rate": speed, "dry_run": dry_run, "stop": stop}
         done = dead.replay_all(loaded, chosen.which, **how) if everything else dead.replay(loaded, ids or (), **how)
     document, text = (
         dead_shown.replayed_document(done, dry_run=dry_run),
@@ -173,6 +176,9 @@ def discard(
     since: filters.Since = None,
     until: filters.Until = None,
     parked: Annotated[bool, typer.Option("--parked", help="What waits in keys, instead of dead letters.")] = False,
+    forget_id: Annotated[
+        bool, typer.Option("--forget-id", help="The message, published anew with the id it had, is to be run.")
+    ] = False,
     yes: filters.Yes = False,
     actor: filters.Actor = None,
     as_json: options.Json = False,
@@ -184,16 +190,19 @@ def discard(
     With --parked: the messages that wait, by --handler, --key and the other filters; they count as processed, too.
     """
     chosen = filters.choose(handler, topic, key, error, fingerprint, since, until)
+    if forget_id and (parked or everything):
+        raise typer.BadParameter("give IDs, whose payloads you have saved", param_hint="--forget-id")
     if parked:
         _discard_parked(ids, chosen, everything, assignments, yes=yes, actor=actor, as_json=as_json, wait=not no_wait)
         return
     _one_way(ids, chosen, everything=everything)
     database = _database(options.start(assignments), wait=not no_wait)
     if everything:
-        _confirm(f"Delete {dead.count(database, chosen.which)} dead letters for good?", yes=yes)
-        done = dead.discard_all(database, chosen.which, actor=actor)
+        counted = dead.counted(database, chosen.which)
+        _confirm(f"Delete {counted.count} dead letters for good?", yes=yes)
+        done = dead.discard_all(database, chosen.which, actor=actor, up_to=counted.up_to)
     else:
-        done = dead.discard(database, ids or (), actor=actor)
+        done = dead.discard(database, ids or (), actor=actor, forget_id=forget_id)
     options.show({"discarded": done}, f"{len(done)} dead letters deleted", as_json=as_json)
 
 
@@ -213,18 +222,17 @@ def _discard_parked(
             "with --parked give filters, such as --handler and --key, or --all", param_hint="--parked"
         )
     database = _database(options.start(assignments), wait=wait)
-    many = dead.count_parked(database, chosen.which)
-    _confirm(f"Delete {many} parked messages for good?", yes=yes)
-    done = dead.discard_parked(database, chosen.which, actor=actor)
+    counted = dead.counted_parked(database, chosen.which)
+    _confirm(f"Delete {counted.count} parked messages for good?", yes=yes)
+    done = dead.discard_parked(database, chosen.which, actor=actor, up_to=counted.up_to)
     options.show({"discarded_parked": done}, f"{done} parked messages deleted", as_json=as_json)
 
 
 def _show_key(database: Database, which: dead.DeadFilter, *, as_json: bool) -> None:
     """What waits and what died with one key; a handler's lanes of one key are as many as its topics and partitions."""
-    lanes = dead.lanes(database, which).items
-    waiting = [(lane, dead.waiting(database, lane)) for lane in lanes]
-    letters = dead.letters(database, which).items
-    if not lanes and not letters:
+    lanes, letters = dead.lanes(database, which), dead.letters(database, which)
+    waiting = [(lane, dead.waiting(database, lane)) for lane in lanes.items]
+    if not lanes.items and not letters.items:
         raise NotFound("nothing waits and nothing died with this key.", remedy="See: eo dead ls --parked")
     document = {
         "lanes": [
@@ -235,13 +243,23 @@ def _show_key(database: Database, which: dead.DeadFilter, *, as_json: bool) -> N
             }
             for lane, page in waiting
         ],
-        "dead_letters": [dead_shown.letter_document(letter) for letter in letters],
+        "dead_letters": [dead_shown.letter_document(letter) for letter in letters.items],
+        "after": {"lanes": lanes.after, "dead_letters": letters.after},
     }
     lines = []
     for lane, page in waiting:
         lines += [dead_shown.lane_line(lane), *map(dead_shown.message_line, page.items)]
         lines += ["  ... and more"] * (page.after is not None)
-    options.show(document, "\n".join([*lines, *map(dead_shown.letter_line, letters)]), as_json=as_json)
+    lines += _more_of_key("eo dead ls --parked", which, lanes.after)
+    lines += [*map(dead_shown.letter_line, letters.items), *_more_of_key("eo dead ls", which, letters.after)]
+    options.show(document, "\n".join(lines), as_json=as_json)
+
+
+def _more_of_key(command: str, which: dead.DeadFilter, after: str | None) -> list[str]:
+    if after is None:
+        return []
+    given = [f"--key={legible(which.key)}", *([f"--handler={which.handler}"] if which.handler else [])]
+    return [f"more: {command} {shlex.join(given)} --after {after}"]
 
 
 def _show_page(

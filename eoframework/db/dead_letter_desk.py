@@ -33,6 +33,7 @@ SELECT d.id, c.name AS consumer, d.consumer_id, d.topic_id, d.lane, d.message_id
     d.holds, coalesce(octet_length(d.payload), 0) AS size,
     EXISTS (SELECT FROM {eo}.position p WHERE p.consumer_id = d.consumer_id AND p.topic_id = d.topic_id)
         AS has_position,
+    EXISTS (SELECT FROM {eo}.position p WHERE p.consumer_id = d.consumer_id) AS has_started,
     EXISTS (SELECT FROM {eo}.processed_message m WHERE d.has_id AND m.consumer_id = d.consumer_id
         AND m.message_id = d.message_id AND m.first_at > d.died_at) AS processed_since,
     d.topic, d.partition, d."offset", d.key, substring(d.payload FROM 1 FOR %(bytes)s) AS value, d.headers, d.timestamp,
@@ -153,6 +154,8 @@ class DeadLetter:
     """Bytes of the payload."""
     has_position: bool
     """Whether its consumer still stands for the topic that the message came from."""
+    has_started: bool
+    """Whether its consumer stands anywhere at all; without it, its positions were forgotten."""
     processed_since: bool
     """Whether another delivery of the same message id was processed after this one was given up on."""
 
@@ -262,20 +265,24 @@ class DeadLetterDesk:
             events.emit("replay.moving", id=letter.id, consumer=letter.consumer)
         events.emit("replay.moved", id=letter.id, consumer=letter.consumer)
 
-    def discard(self, letter: DeadLetter, *, actor: str) -> None:
+    def discard(self, letter: DeadLetter, *, actor: str, forget_id: bool = False) -> None:
         """The letter is gone for good; the message counts as processed, and a key held for it goes on.
 
-        On a crash: all of it happened, or nothing. Raises LetterGone.
+        On a crash: all of it happened, or nothing. forget_id: the message counts as not processed. Raises LetterGone.
         """
         with self._database.brief(f"discarding dead letter {letter.id}") as connection:
             lane = _lane(letter)
             self._run(connection, _LOCK, lane)
-            holds = self._take(connection, letter).holds
-            if holds and not self._run(connection, _OTHER_HOLDS, lane)[0][0]:
+            taken = self._take(connection, letter)
+            if taken.holds and not self._run(connection, _OTHER_HOLDS, lane)[0][0]:
                 self._run(connection, _RELEASE, lane, rows=False)
                 self._run(connection, _OPEN, lane, rows=False)
-            self._calls.settle(connection, letter.consumer_id, letter.message_id)
-            self._record(connection, letter, "dead.discard", actor)
+            if forget_id and letter.has_id:
+                self._run(connection, _FORGET, {**_identity(letter), "died_at": taken.died_at}, rows=False)
+            else:
+                # What is published anew is not called for a second time.
+                self._calls.settle(connection, letter.consumer_id, letter.message_id)
+            self._record(connection, letter, "dead.discard", actor, forgot_id=forget_id)
 
     def _take(self, connection: Connection, letter: DeadLetter) -> Any:
         found = self._run(connection, _TAKE, {"id": letter.id})
@@ -283,7 +290,7 @@ class DeadLetterDesk:
             raise LetterGone
         return found[0]
 
-    def _record(self, connection: Connection, letter: DeadLetter, action: str, actor: str) -> None:
+    def _record(self, connection: Connection, letter: DeadLetter, action: str, actor: str, **more: object) -> None:
         detail = {
             "consumer": letter.consumer,
             "place": str(letter.record),
@@ -296,6 +303,7 @@ class DeadLetterDesk:
             "error_class": letter.error_class,
             "fingerprint": letter.fingerprint,
             "error": letter.error,
+            **more,
         }
         schema = self._database.schema
         audit.record(connection, schema, actor=actor, action=action, subject=_subject(letter.id), detail=detail)

@@ -49,16 +49,22 @@ SELECT k.consumer_id, k.topic_id, k.partition, k.lane, c.name, k.key, k.due_at, 
     EXISTS (SELECT FROM {{eo}}.position p WHERE p.consumer_id = k.consumer_id AND p.topic_id = k.topic_id)
 {_FROM}ORDER BY k.consumer_id, k.topic_id, k.partition, k.lane LIMIT %(limit)s
 """
-_COUNT = f"SELECT coalesce(sum({_MESSAGES_OF}), 0) {_FROM}"
+_COUNT = f"SELECT coalesce(sum({_MESSAGES_OF}), 0), clock_timestamp() {_FROM}"
+_STILL = f"SELECT 1 {_FROM} AND (k.consumer_id, k.topic_id, k.partition, k.lane) = (%(c)s, %(t)s, %(p)s, %(l)s)"
 _AFTER = " AND (k.consumer_id, k.topic_id, k.partition, k.lane) > (%(c)s, %(t)s::uuid, %(p)s, %(l)s::uuid)"
 _LANE = "consumer_id = %(c)s AND topic_id = %(t)s AND partition = %(p)s AND lane = %(l)s"
 _LOCK = f"SELECT FROM {{eo}}.parked_key WHERE {_LANE} FOR UPDATE"
-_DELETE = f"""DELETE FROM {{eo}}.parked_message WHERE {_LANE} RETURNING "offset", message_id"""
+_DELETE = f"""
+DELETE FROM {{eo}}.parked_message WHERE {_LANE} AND parked_at <= %(up_to)s RETURNING "offset", message_id
+"""
 # A dead letter that holds it is decided about by itself.
 _OPEN = f"""
 DELETE FROM {{eo}}.parked_key WHERE {_LANE} AND NOT EXISTS (
     SELECT FROM {{eo}}.dead_letter WHERE {_LANE} AND holds AND origin = 'handler')
+    AND NOT EXISTS (SELECT FROM {{eo}}.parked_message WHERE {_LANE})
 """
+# What was parked since has not failed yet: it need not wait for what is gone.
+_GO_ON = f"UPDATE {{eo}}.parked_key SET due_at = clock_timestamp() WHERE {_LANE} AND NOT held"
 _MESSAGES = """
 SELECT m.topic, m.partition, m."offset", m.key, substring(m.value FROM 1 FOR %(bytes)s), m.headers, m.timestamp,
     m.unreadable, m.message_id, m.parked_at, m.attempts, m.crashes, m.first_failed_at, m.last_failed_at,
@@ -150,13 +156,16 @@ class LaneDesk:
         rows = self._read(_MESSAGES, {**_place(lane), "after": after, "limit": limit, "bytes": preview})
         return [_message(row) for row in rows]
 
-    def count(self, which: DeadFilter) -> int:
-        """How many messages wait in the lanes that the filter lets through."""
+    def count(self, which: DeadFilter) -> tuple[int, datetime]:
+        """How many messages wait in the lanes that the filter lets through; and when that was."""
         conditions, values = which.conditions(_COLUMNS)
-        return int(self._read(_COUNT.replace("{conditions}", conditions), values)[0][0])
+        number, now = self._read(_COUNT.replace("{conditions}", conditions), values)[0]
+        return int(number), now
 
-    def discard(self, lane: ParkedLane, *, actor: str) -> int:
-        """Delete what waits in a lane for good; it counts as processed. Returns how many messages that were.
+    def discard(self, lane: ParkedLane, which: DeadFilter, *, up_to: datetime, actor: str) -> int:
+        """Delete what was parked in a lane until then; it counts as processed. Returns how many messages that were.
+
+        0 as well if the filter no longer lets the lane through.
 
         On a crash: all of it happened, with its audit row, or nothing. A batch or the lane's owner waits for it.
         """
@@ -165,10 +174,15 @@ class LaneDesk:
         with self._database.brief(what) as connection:
             # Lane before processed id, as everybody takes them.
             connection.exec_driver_sql(schema.sql(_LOCK), place)
-            gone = sorted(connection.exec_driver_sql(schema.sql(_DELETE), place).all())
+            conditions, values = which.conditions(_COLUMNS)
+            still = schema.sql(_STILL.replace("{conditions}", conditions))
+            if not connection.exec_driver_sql(still, {**values, **place}).all():
+                return 0
+            gone = sorted(connection.exec_driver_sql(schema.sql(_DELETE), {**place, "up_to": up_to}).all())
             if not gone:
                 return 0
             connection.exec_driver_sql(schema.sql(_OPEN), place)
+            connection.exec_driver_sql(schema.sql(_GO_ON), place)
             ids = {row.message_id for row in gone if row.message_id is not None}
             ProcessedMessages(schema).claim(connection, lane.consumer_id, ids)
             calls = ExternalCallRows(schema)

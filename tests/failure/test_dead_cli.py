@@ -112,7 +112,7 @@ def test_replay_and_discard_by_the_command(desk: Desk) -> None:
     assert done["replayed"] == numbers[1:]
     assert desk.graveyard.parked() == [0, 1, 2, 3]
     assert b"no longer is" in desk.run("replay", APP, str(bad), code=3).stderr
-    assert b"topic was re-created" in _forgotten(desk).stderr
+    assert b"positions: they were forgotten" in _forgotten(desk).stderr
     assert desk.json("discard", str(bad))["discarded"] == [bad]
 
 

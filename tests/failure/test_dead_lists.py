@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from datetime import timedelta
 
 import pytest
 
 from eoframework import clock, dead
+from eoframework.cli.dead import _show_key
 from eoframework.db.dead_letter_desk import _OTHER_HOLDS
-from eoframework.db.lane_desk import _LANES
+from eoframework.db.lane_desk import _LANES, LaneDesk
 from eoframework.db.session import Database
 from eoframework.errors import NotFound
 from eoframework.legible import beginning, legible, parse_bytes
@@ -164,3 +166,43 @@ def test_whether_another_letter_holds_a_lane_is_asked_of_an_index(graveyard: Gra
     with database.engine.connect() as connection:
         found = connection.exec_driver_sql(database.schema.sql(f"EXPLAIN {sql}"), {"limit": 50}).scalars().all()
     assert "dead_letter_holds" in "".join(found)
+
+
+def test_what_was_parked_since_the_count_is_left_alone(graveyard: Graveyard, database: Database) -> None:
+    """Seen to fail without `parked_at <= %(up_to)s` in `_DELETE`: 6 was gone, which nobody had been asked about."""
+    graveyard.park(5, wait=3600)
+    counted = dead.counted_parked(database)
+    graveyard.park(6)
+    graveyard.park(7, key=b"new", wait=3600)
+    assert counted.count == 1
+    assert dead.discard_parked(database, up_to=counted.up_to) == 1
+    assert sorted(graveyard.parked()) == [6, 7]
+    # What waited behind it goes on at once.
+    assert {lane.key: lane.state for lane in dead.lanes(database).items} == {b"a": "due", b"new": "waiting"}
+    assert dead.discard_parked(database) == 2
+    assert graveyard.rows("SELECT FROM eo.parked_key") == []
+
+
+def test_a_lane_that_the_filter_no_longer_lets_through_is_left_alone(graveyard: Graveyard, database: Database) -> None:
+    """Seen to fail without `_STILL`: it was deleted for an error that it had no more."""
+    graveyard.park(5, wait=3600)
+    which = dead.DeadFilter(error="KeyError")
+    lane = dead.lanes(database, which).items[0]
+    up_to = dead.counted_parked(database, which).up_to
+    graveyard.execute("UPDATE eo.parked_message SET error_class = 'shop.NoStock'")
+    assert LaneDesk(database).discard(lane, which, up_to=up_to, actor="test") == 0
+    assert graveyard.parked() == [5]
+
+
+def test_a_key_with_more_than_a_page_says_where_it_goes_on(
+    graveyard: Graveyard, database: Database, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Seen to fail without `_more_of_key`: the 51st letter was nowhere, and nothing said so."""
+    numbers = [graveyard.bury(offset, key=b"a key") for offset in range(51)]
+    which = dead.DeadFilter(key=b"a key", handler="deadshop.book")
+    _show_key(database, which, as_json=False)
+    more = f"more: eo dead ls '--key=a key' --handler=deadshop.book --after {numbers[49]}"
+    assert capsys.readouterr().out.splitlines()[-1] == more
+    _show_key(database, which, as_json=True)
+    assert json.loads(capsys.readouterr().out)["after"] == {"lanes": None, "dead_letters": str(numbers[49])}
+    assert ids(dead.letters(database, which, after=numbers[49])) == numbers[50:]

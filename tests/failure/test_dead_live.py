@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 
 import pytest
 from sqlalchemy import text
 
-from eoframework import App, Message, Retry, Topic, Tx, dead
+from eoframework import App, Message, Retry, Topic, Tx, dead, ops
 from eoframework.db.session import Database
+from eoframework.errors import FailClosed
+from eoframework.kafka.admin import Admin
 from eoframework.retry import AfterDead
 from eoframework.settings import Settings
 from tests.conftest import MakeTopic
@@ -129,3 +132,56 @@ def test_a_letter_that_dies_again_is_a_new_letter(make_shop: Callable[[AfterDead
     assert (second.record, second.attempts, second.message_id) == (first.record, 1, first.message_id)
     assert scalar(shop.database.engine, "SELECT count(*) FROM eo.processed_message") == 1
     assert scalar(shop.database.engine, PARKED) == 0
+
+
+def test_after_forget_the_consumer_runs_once_and_then_the_letter_is_replayed(
+    make_shop: Callable[[AfterDead], Shop],
+) -> None:
+    """Seen to fail without `has_started` in `_stranded`: it said to publish the payload anew, which was a duplicate."""
+    shop = make_shop("continue")
+    number = _buried(shop)
+    ops.forget_positions(shop.database, Admin(shop.settings), shop.app.handlers[0].group)
+    with pytest.raises(FailClosed) as refused:
+        dead.replay(shop.app, [number])
+    assert "eo run" in str(refused.value)
+    assert "publish" not in str(refused.value)
+    with running(shop.app):
+        shop.reaches("SELECT count(*) FROM eo.position", 1)
+    assert dead.replay(shop.app, [number]).moved == [number]
+    with running(shop.app):
+        rows_reach(shop.database.engine, 1)
+        shop.reaches(PARKED, 0)
+        shop.send("b1")
+        rows_reach(shop.database.engine, 2)
+    assert shop.notes() == ["a1", "b1"]
+
+
+def test_the_payload_of_a_topic_that_was_re_created_is_published_anew_and_run_once(
+    make_shop: Callable[[AfterDead], Shop],
+) -> None:
+    """Seen to fail without `_FORGET` in `discard`: with the id it had, it was lost as a duplicate."""
+    shop = make_shop("continue")
+    number = _buried(shop)
+    with shop.database.begin("test") as connection:
+        # What is left of an earlier topic of that name: its positions were forgotten, those of the new one are there.
+        connection.exec_driver_sql("UPDATE eo.dead_letter SET topic_id = gen_random_uuid()")
+    with pytest.raises(FailClosed, match="re-created") as refused:
+        dead.replay(shop.app, [number])
+    steps = rf"show {number} --payload > (\S+); eo dead discard {number} --forget-id; eo publish \S+ {shop.topic} < \1"
+    assert re.search(steps, str(refused.value))
+    saved = json.loads(dead.find(shop.database, number).record.value or b"")
+    assert dead.discard(shop.database, [number], forget_id=True) == [number]
+    with running(shop.app):
+        shop.send(saved["note"], saved["note"], "b1")
+        eventually(lambda: "b1" in shop.notes(), "what was sent last is run", seconds=90)
+    assert shop.notes() == ["a1", "b1"]
+
+
+def _buried(shop: Shop) -> int:
+    """The letter of a message that would succeed by now."""
+    shop.broken = {"a1"}
+    with running(shop.app):
+        shop.send("a1")
+        shop.reaches(DEAD, 1)
+    shop.broken = set()
+    return dead.letters(shop.database).items[0].id

@@ -223,18 +223,21 @@ def test_external_calls_are_not_made_and_stored_results_are_used(
 ) -> None:
     app = App("deadshop", engine=database.engine, settings=settings)
     called: list[Message[Order]] = []
+    ran: list[Order] = []
 
     def charge(message: Message[Order], call: ExternalCall) -> None:
         called.append(message)
 
     @app.handler(dead_shop.orders, name="book", external=[External("charge", charge)])
     def book(order: Order, tx: Tx) -> None:
+        ran.append(order)
         tx.session.connection().exec_driver_sql("INSERT INTO journal VALUES (%s)", (tx.external("charge"),))
 
     number = graveyard.bury(5, identity=False)
     nothing = dead.try_letter(app, number)
     assert nothing.error is not None
-    assert "no result of that name" in (nothing.error.error or "")
+    assert "was not run: there is no stored result of 'charge'" in (nothing.error.error or "")
+    assert (nothing.error.traceback, called, ran) == (None, [], [])
     graveyard.execute(
         'INSERT INTO eo.external_call (consumer_id, message_id, name, partition, "offset", fence, calls, owner, '
         "lease_until, done_at, result) SELECT consumer_id, message_id, 'charge', 0, 5, 1, 1, 'w', now(), now(), "
