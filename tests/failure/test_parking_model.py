@@ -5,8 +5,8 @@ PARKING_EXAMPLES=500 runs so many random ones instead of the few fixed ones.
 Seen to fail, by generated runs, without: the lanes read in Executor._work; the NOT EXISTS of `_OPEN_IF_EMPTY`; the use
 of that statement; the deletion of the parked row in Drain._work; `forget` in Failures.settle; the order in `_HEAD`
 (turned round); `hold` in Failures.settle; `_FORGET` of a replay; the fence in Drain._run. Seen to fail only by a
-sequence written by hand: `behind` in Walk.admits; `unit.forget` in Drain._work. Removed and not noticed: FOR UPDATE in `_LOCK` and FOR SHARE in
-`_SHUT` (1,010 steps of an earlier, weaker generator).
+sequence written by hand: `behind` in Walk.admits; `unit.forget` in Drain._work. Removed and not noticed: FOR UPDATE in
+`_LOCK` and FOR SHARE in `_SHUT` (1,010 steps of an earlier, weaker generator).
 """
 
 from __future__ import annotations
