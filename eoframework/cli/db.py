@@ -6,11 +6,9 @@ from typing import Annotated
 
 import typer
 
-from eoframework.cli import options
+from eoframework.cli import options, reach
 from eoframework.db import migrating, readiness
-from eoframework.db.session import Database, open_database
 from eoframework.schema import Schema
-from eoframework.settings import Settings
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -25,7 +23,7 @@ def upgrade(
     assignments: options.Set = None,
 ) -> None:
     """Bring the tables to a version, in one transaction."""
-    database = _open(options.start(assignments), wait=not no_wait)
+    database = reach.server(options.start(assignments), wait=not no_wait)
     before = migrating.current(database)
     after = migrating.upgrade(database, revision)
     text = f"at version {after} already" if before == after else f"{before or 'no tables'} -> {after}"
@@ -40,7 +38,7 @@ def downgrade(
     assignments: options.Set = None,
 ) -> None:
     """Take the tables back to a version, in one transaction."""
-    database = _open(options.start(assignments), wait=not no_wait)
+    database = reach.server(options.start(assignments), wait=not no_wait)
     before = migrating.current(database)
     after = migrating.downgrade(database, revision)
     document = {"from": before, "to": after, "schema": database.schema.name}
@@ -50,7 +48,7 @@ def downgrade(
 @app.command()
 def current(as_json: options.Json = False, no_wait: options.NoWait = False, assignments: options.Set = None) -> None:
     """Show the version of the tables."""
-    database = _open(options.start(assignments), wait=not no_wait)
+    database = reach.server(options.start(assignments), wait=not no_wait)
     found = migrating.current(database)
     document = {"version": found, "needed": migrating.head(), "schema": database.schema.name}
     options.show(document, found or "no tables", as_json=as_json)
@@ -59,7 +57,7 @@ def current(as_json: options.Json = False, no_wait: options.NoWait = False, assi
 @app.command()
 def check(as_json: options.Json = False, no_wait: options.NoWait = False, assignments: options.Set = None) -> None:
     """Exit with 3 unless the tables are the ones this release needs and the role may use them."""
-    database = _open(options.start(assignments), wait=not no_wait)
+    database = reach.server(options.start(assignments), wait=not no_wait)
     version = migrating.check(database)
     readiness.check_rights(database)
     options.show({"version": version, "schema": database.schema.name}, f"version {version}: good", as_json=as_json)
@@ -70,9 +68,3 @@ def sql(revision: Revision = "head", assignments: options.Set = None) -> None:
     """Print the SQL of an upgrade, for a DBA to apply; needs no database. FROM:TO prints a part."""
     settings = options.start(assignments)
     options.show(None, migrating.sql(Schema(settings.database_schema), revision).rstrip(), as_json=False)
-
-
-def _open(settings: Settings, *, wait: bool) -> Database:
-    database = open_database(settings.require_database_url(), Schema(settings.database_schema))
-    readiness.wait_until_reachable(database, wait=wait)
-    return database

@@ -12,24 +12,16 @@ import typer
 
 from eoframework import bootstrap, dead, lifecycle
 from eoframework.app import App
-from eoframework.cli import dead_shown, filters, options
-from eoframework.db import migrating, readiness
-from eoframework.db.session import Database, open_database
-from eoframework.errors import EoError, NotFound
+from eoframework.cli import dead_shown, filters, options, reach
+from eoframework.cli.confirm import confirm
+from eoframework.db.session import Database
+from eoframework.errors import NotFound
 from eoframework.legible import legible
-from eoframework.schema import Schema
-from eoframework.settings import Settings
 
 app = typer.Typer(no_args_is_help=True)
 
 LetterId = Annotated[int, typer.Argument(metavar="ID", min=1, help="The number that ls shows.")]
 Ids = Annotated[list[int] | None, typer.Argument(metavar="[ID]...", help="The numbers that ls shows.")]
-
-
-class Unconfirmed(EoError):
-    """Nobody said yes; nothing was changed."""
-
-    exit_code = 2
 
 
 @app.command()
@@ -55,7 +47,7 @@ def ls(
         raise typer.BadParameter("there is --by fingerprint, for dead letters", param_hint="--by")
     settings = options.start(assignments)
     chosen = filters.choose(handler, topic, key, error, fingerprint, since, until)
-    database = _database(settings, wait=not no_wait)
+    database = reach.database(settings, wait=not no_wait)
     if parked:
         found = dead.lanes(database, chosen.which, limit=limit, after=after)
         _show_page("lanes", found, dead_shown.lane_document, dead_shown.lane_line, as_json=as_json)
@@ -82,7 +74,7 @@ def show(
         raise typer.BadParameter("give an ID (and --payload or --json), or --key")
     settings = options.start(assignments)
     chosen = filters.choose(handler, None, key, None, None, None, None)
-    database = _database(settings, wait=not no_wait)
+    database = reach.database(settings, wait=not no_wait)
     if letter_id is None:
         _show_key(database, chosen.which, as_json=as_json)
         return
@@ -151,7 +143,7 @@ def replay(
     how: dict[str, Any] = {"actor": actor, "rate": speed, "dry_run": dry_run, "stop": stop}
     if everything and not dry_run:
         counted = dead.counted(loaded.database, dead.of_app(chosen.which, loaded))
-        _confirm(f"Replay {counted.count} dead letters of {loaded.name}?", yes=yes)
+        confirm(f"Replay {counted.count} dead letters of {loaded.name}?", yes=yes)
         how["up_to"] = counted.up_to
     with lifecycle.signals(stop):
         done = dead.replay_all(loaded, chosen.which, **how) if everything else dead.replay(loaded, ids or (), **how)
@@ -196,10 +188,10 @@ def discard(
         _discard_parked(ids, chosen, everything, assignments, yes=yes, actor=actor, as_json=as_json, wait=not no_wait)
         return
     _one_way(ids, chosen, everything=everything)
-    database = _database(options.start(assignments), wait=not no_wait)
+    database = reach.database(options.start(assignments), wait=not no_wait)
     if everything:
         counted = dead.counted(database, chosen.which)
-        _confirm(f"Delete {counted.count} dead letters for good?", yes=yes)
+        confirm(f"Delete {counted.count} dead letters for good?", yes=yes)
         done = dead.discard_all(database, chosen.which, actor=actor, up_to=counted.up_to)
     else:
         done = dead.discard(database, ids or (), actor=actor, forget_id=forget_id)
@@ -221,9 +213,9 @@ def _discard_parked(
         raise typer.BadParameter(
             "with --parked give filters, such as --handler and --key, or --all", param_hint="--parked"
         )
-    database = _database(options.start(assignments), wait=wait)
+    database = reach.database(options.start(assignments), wait=wait)
     counted = dead.counted_parked(database, chosen.which)
-    _confirm(f"Delete {counted.count} parked messages for good?", yes=yes)
+    confirm(f"Delete {counted.count} parked messages for good?", yes=yes)
     done = dead.discard_parked(database, chosen.which, actor=actor, up_to=counted.up_to)
     options.show({"discarded_parked": done}, f"{done} parked messages deleted", as_json=as_json)
 
@@ -283,15 +275,6 @@ def _one_way(ids: list[int] | None, chosen: filters.Chosen, *, everything: bool)
         raise typer.BadParameter("give IDs, or --all with filters")
 
 
-def _confirm(question: str, *, yes: bool) -> None:
-    if yes:
-        return
-    if not sys.stdin.isatty():
-        raise Unconfirmed(f"{question} Nobody is here to answer; nothing was changed.", remedy="Say --yes.")
-    if not typer.confirm(question, err=True):
-        raise Unconfirmed("not confirmed; nothing was changed.")
-
-
 def _number(after: str | None) -> int:
     if after is None:
         return 0
@@ -305,10 +288,3 @@ def _app(reference: str, assignments: list[str] | None, *, wait: bool) -> App:
     loaded = bootstrap.load_app(reference)
     bootstrap.open_database(loaded, stop=threading.Event(), wait=wait)
     return loaded
-
-
-def _database(settings: Settings, *, wait: bool) -> Database:
-    database = open_database(settings.require_database_url(), Schema(settings.database_schema))
-    readiness.wait_until_reachable(database, wait=wait)
-    migrating.check(database)
-    return database

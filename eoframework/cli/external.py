@@ -7,12 +7,9 @@ from typing import Annotated
 
 import typer
 
-from eoframework.cli import options
-from eoframework.db import migrating, readiness
+from eoframework.cli import options, reach
 from eoframework.db.external_admin import CallLine, ExternalDesk
-from eoframework.db.session import open_database
 from eoframework.ops import BadInput
-from eoframework.schema import Schema
 from eoframework.settings import Settings
 
 app = typer.Typer(no_args_is_help=True)
@@ -65,10 +62,7 @@ def resolve(
 
 
 def _desk(settings: Settings, *, wait: bool) -> ExternalDesk:
-    database = open_database(settings.require_database_url(), Schema(settings.database_schema))
-    readiness.wait_until_reachable(database, wait=wait)
-    migrating.check(database)
-    return ExternalDesk(database)
+    return ExternalDesk(reach.database(settings, wait=wait))
 
 
 def _parse(text: str) -> object:

@@ -10,11 +10,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from eoframework.cli import filters, options
-from eoframework.db import migrating, readiness
+from eoframework.cli import filters, options, reach
+from eoframework.cli.confirm import confirm
 from eoframework.db.pending import MALFORMED
-from eoframework.db.session import open_database
-from eoframework.errors import EoError
 from eoframework.legible import legible, parse_bytes
 from eoframework.outbox_desk import (
     ALL,
@@ -27,7 +25,6 @@ from eoframework.outbox_desk import (
     PutBack,
     Retried,
 )
-from eoframework.schema import Schema
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -37,12 +34,6 @@ Refs = Annotated[
 Error = Annotated[
     str | None, typer.Option("--error", metavar="TEXT", help="Kafka's name of the refusal, or a part of the cause.")
 ]
-
-
-class Unconfirmed(EoError):
-    """Nobody said yes; nothing was changed."""
-
-    exit_code = 2
 
 
 @app.command()
@@ -119,7 +110,7 @@ def retry(
             raise typer.Exit(options.FINDINGS)
         return
     counted = desk.count("dead", which)
-    _confirm(f"Put {counted.count} dead letters back into the outbox?", yes=yes or counted.count == 0)
+    confirm(f"Put {counted.count} dead letters back into the outbox?", yes=yes or counted.count == 0)
     _report_retried(desk.retry_all(which, force=force, up_to=counted.up_to), as_json=as_json)
 
 
@@ -147,7 +138,7 @@ def discard(
         done = desk.discard_each(refs)
     else:
         counted = desk.count(state, which)
-        _confirm(f"Discard {counted.count} {state} messages for good?", yes=yes or counted.count == 0)
+        confirm(f"Discard {counted.count} {state} messages for good?", yes=yes or counted.count == 0)
         done = Discarded(desk.discard_all(state, which, up_to=counted.up_to))
     lines = [f"{line.ref} {line.message_id} {line.topic}: discarded" for line in done.lines]
     lines += [f"{ref}: {_GONE}" for ref in done.gone]
@@ -182,10 +173,7 @@ def stats(
 
 def _desk(assignments: Sequence[str] | None, *, wait: bool, actor: str | None = None) -> OutboxDesk:
     settings = options.start(assignments)
-    database = open_database(settings.require_database_url(), Schema(settings.database_schema))
-    readiness.wait_until_reachable(database, wait=wait)
-    migrating.check(database)
-    return OutboxDesk(database, settings, actor=actor)
+    return OutboxDesk(reach.database(settings, wait=wait), settings, actor=actor)
 
 
 def _filter(
@@ -203,15 +191,6 @@ def _filter(
 def _one_way(refs: Sequence[str] | None, which: OutboxFilter, *, everything: bool) -> None:
     if bool(refs) == everything or (refs and which != ALL):
         raise typer.BadParameter("give numbers or message ids, or --all with filters")
-
-
-def _confirm(question: str, *, yes: bool) -> None:
-    if yes:
-        return
-    if not sys.stdin.isatty():
-        raise Unconfirmed(f"{question} Nobody is here to answer; nothing was changed.", remedy="Say --yes.")
-    if not typer.confirm(question, err=True):
-        raise Unconfirmed("not confirmed; nothing was changed.")
 
 
 # --- what goes out ---

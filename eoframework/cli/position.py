@@ -7,13 +7,10 @@ from typing import Annotated
 import typer
 
 from eoframework import ops
-from eoframework.cli import options
-from eoframework.db import migrating, readiness
+from eoframework.cli import options, reach
 from eoframework.db.position_admin import PositionLine
-from eoframework.db.session import Database, open_database
 from eoframework.errors import ConfigurationError
 from eoframework.kafka.admin import Admin
-from eoframework.schema import Schema
 from eoframework.settings import Settings
 
 app = typer.Typer(no_args_is_help=True)
@@ -29,7 +26,7 @@ def show(
     assignments: options.Set = None,
 ) -> None:
     """Show the next offset of every partition, from where ids are remembered, and who holds it."""
-    lines = ops.positions(_database(options.start(assignments), wait=not no_wait), consumer)
+    lines = ops.positions(reach.database(options.start(assignments), wait=not no_wait), consumer)
     text = "\n".join(_line(line) for line in lines) or "no positions"
     options.show([_document(line) for line in lines], text, as_json=as_json)
 
@@ -47,7 +44,7 @@ def set_(
     """Move one partition to an offset and fence the worker that holds it; it goes on from there."""
     settings = options.start(assignments)
     target = _offset(offset)
-    database, admin = _database(settings, wait=not no_wait), _kafka(settings, wait=not no_wait)
+    database, admin = reach.database(settings, wait=not no_wait), _kafka(settings, wait=not no_wait)
     moved = ops.move_position(database, admin, consumer, partition, target, topic=topic)
     line = moved.line
     text = f"{consumer} {line.topic}[{partition}]: {line.next_offset} -> {moved.offset} (epoch {moved.epoch})"
@@ -66,18 +63,11 @@ def forget(
 ) -> None:
     """Delete a stopped consumer's positions, here and in Kafka: its next start is a first start."""
     settings = options.start(assignments)
-    database, admin = _database(settings, wait=not no_wait), _kafka(settings, wait=not no_wait)
+    database, admin = reach.database(settings, wait=not no_wait), _kafka(settings, wait=not no_wait)
     count = ops.forget_positions(database, admin, consumer)
     options.show(
         {"consumer": consumer, "forgotten": count}, f"{consumer}: {count} positions forgotten", as_json=as_json
     )
-
-
-def _database(settings: Settings, *, wait: bool) -> Database:
-    database = open_database(settings.require_database_url(), Schema(settings.database_schema))
-    readiness.wait_until_reachable(database, wait=wait)
-    migrating.check(database)
-    return database
 
 
 def _kafka(settings: Settings, *, wait: bool) -> Admin:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from uuid import UUID
 
+from eoframework.db.parking import Lane
 from eoframework.db.position import Claim
 from eoframework.errors import Retryable
 from eoframework.external import Results
@@ -13,8 +14,6 @@ from eoframework.message import Message, Record
 
 Place = tuple[int, int]
 """Partition and offset."""
-Lane = tuple[int, UUID]
-"""A partition, and what keeps its order in it: a key, or a message that has none."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
-from eoframework.consume.batch import Delivery, Lane, Place
+from eoframework.consume.batch import Delivery, Place
 from eoframework.db.faults import passing_trouble
+from eoframework.db.parking import Lane
 from eoframework.db.position import Stream
 from eoframework.db.session import Connection, SessionFactory
 from eoframework.db.unit_of_work import WorkerConnection, handler_session

@@ -15,12 +15,12 @@ import math
 from collections.abc import Callable, Collection, Mapping
 
 from eoframework import clock, events
-from eoframework.consume.batch import Delivery, Lane, Outcome, Place
+from eoframework.consume.batch import Delivery, Outcome, Place
 from eoframework.consume.executor import read_or_died
 from eoframework.consume.failure import error_of
 from eoframework.consume.unit import Unit
 from eoframework.db.faults import blameless
-from eoframework.db.parking import Parking
+from eoframework.db.parking import Lane, Parking
 from eoframework.db.position import Claim
 from eoframework.db.session import Connection
 from eoframework.errors import LostConnection, Retryable

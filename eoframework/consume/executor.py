@@ -17,11 +17,12 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 from eoframework import clock, events
-from eoframework.consume.batch import Batch, Delivery, Failure, Lane, Outcome, Place, split_undecodable
+from eoframework.consume.batch import Batch, Delivery, Failure, Outcome, Place, split_undecodable
 from eoframework.consume.failure import ParkingFull, Verdict
 from eoframework.consume.unit import Unit
 from eoframework.db.attempts import Attempts
 from eoframework.db.faults import blameless
+from eoframework.db.parking import Lane
 from eoframework.db.position import Claim
 from eoframework.db.session import Connection
 from eoframework.errors import ProcessDied, Retryable

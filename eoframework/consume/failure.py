@@ -14,11 +14,11 @@ from functools import partial
 
 from eoframework import clock, events
 from eoframework.cloudevents import is_reserved
-from eoframework.consume.batch import Delivery, Lane, Outcome, Place
+from eoframework.consume.batch import Delivery, Outcome, Place
 from eoframework.consume.calls import Walk
 from eoframework.db.attempts import Attempts
 from eoframework.db.dead_letters import Dead, DeadLetters
-from eoframework.db.parking import Parking, Waiting
+from eoframework.db.parking import Lane, Parking, Waiting
 from eoframework.db.position import Stream
 from eoframework.db.processed import ProcessedMessages
 from eoframework.db.session import Connection

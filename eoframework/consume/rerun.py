@@ -16,11 +16,11 @@ from datetime import datetime
 from uuid import UUID
 
 from eoframework import clock, events
-from eoframework.consume.batch import Delivery, Lane, Place
+from eoframework.consume.batch import Delivery, Place
 from eoframework.consume.calls import Culprits, HandlerError
 from eoframework.consume.unit import Unit
 from eoframework.db.faults import passing_trouble
-from eoframework.db.parking import Parking
+from eoframework.db.parking import Lane, Parking
 from eoframework.db.reprocessing import Reprocessing
 from eoframework.db.session import Connection
 from eoframework.errors import ConfigurationError, FailClosed, LostConnection, Retryable

@@ -22,7 +22,7 @@ from eoframework.message import Record
 from eoframework.schema import Schema
 
 Lane = tuple[int, UUID]
-"""A partition, and a lane in it."""
+"""A partition, and what keeps its order in it: a key, or a message that has none."""
 
 _HERE = "consumer_id = %(consumer_id)s AND topic_id = %(topic_id)s"
 _LANE = f"{_HERE} AND partition = %(partition)s AND lane = %(lane)s"
@@ -41,7 +41,6 @@ FROM unnest(%(partitions)s::int[], %(lanes)s::uuid[], %(keys)s::bytea[], %(waits
 ON CONFLICT (consumer_id, topic_id, partition, lane) DO UPDATE
     SET due_at = least(k.due_at, excluded.due_at), held = excluded.held
 """
-# ON CONFLICT: after `eo position set` the same records come again while they wait; they wait once.
 # A message that waits already is read again after `eo position set`: it keeps its place.
 _PARK = """
 INSERT INTO {eo}.parked_message (consumer_id, topic_id, partition, lane, "offset", topic, message_id, key, value,
@@ -89,7 +88,7 @@ UPDATE {{eo}}.parked_message SET attempts = %(attempts)s, crashes = %(crashes)s,
     error_class = %(error_class)s, fingerprint = %(fingerprint)s, error = %(error)s, traceback = %(traceback)s
 WHERE {_LANE} AND "offset" = %(offset)s
 """
-_REMOVE = f"""DELETE FROM {{eo}}.parked_message WHERE {_LANE} AND "offset" = %(offset)s RETURNING first_failed_at"""
+_REMOVE = f"""DELETE FROM {{eo}}.parked_message WHERE {_LANE} AND "offset" = %(offset)s"""
 _WAIT = f"""
 UPDATE {{eo}}.parked_key SET due_at = clock_timestamp() + make_interval(secs => %(wait)s), held = %(held)s WHERE {_LANE}
 """
