@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from eoframework.retry import exponential as exponential
     from eoframework.retry import fixed as fixed
     from eoframework.topic import Topic as Topic
+    from eoframework.transforms import Out as Out
     from eoframework.tx import Tx as Tx
 
 _HOMES = {
@@ -41,6 +42,7 @@ _HOMES = {
     # inside a handler
     "Message": "message",
     "Tx": "tx",
+    "Out": "transforms",
     "RetryLater": "errors",
     "Reject": "errors",
     "BatchItemFailed": "errors",
@@ -66,6 +68,7 @@ __all__ = [  # noqa: RUF022 - in the groups above
     "External",
     "Message",
     "Tx",
+    "Out",
     "RetryLater",
     "Reject",
     "BatchItemFailed",

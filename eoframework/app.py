@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, Concatenate, Generic, ParamSpec, overload
 from uuid import UUID
@@ -27,11 +27,13 @@ from eoframework.retry import AfterDead, Breaker, FailurePolicy, Ordering, Retry
 from eoframework.schema import Schema
 from eoframework.settings import Settings
 from eoframework.topic import Topic
+from eoframework.transforms import Transform, declare_transform
 from eoframework.tx import tx_of
 from eoframework.where import declaring_frame, location
 
 T = TypeVar("T")
 P = ParamSpec("P")
+F = TypeVar("F", bound=Callable[..., object])
 
 _NAME = re.compile(r"[a-z0-9._-]{1,100}")
 _RETRY = Retry()
@@ -106,6 +108,7 @@ class App:
         self._database: Database | None = None
         self._outbox: Outbox | None = None
         self._handlers: dict[str, Handler] = {}
+        self._transforms: dict[str, Transform] = {}
         self._topics: dict[int, Topic[Any]] = {_identity(topic): topic for topic in topics}
         self._modules = {str(frame.f_globals.get("__name__"))}
         # Web servers publish from many threads; two engines made at once would mean two pools.
@@ -174,6 +177,45 @@ class App:
         return BatchHandlerDecorator(
             lambda f: self._declare(f, topic, policy, name=name, start=start, batch=True, max_batch=max_batch)
         )
+
+    def transform(
+        self,
+        source: Topic[T],
+        *,
+        to: Topic[Any] | Collection[Topic[Any]],
+        name: str | None = None,
+        start: Start = "earliest",
+        batch: bool = False,
+        max_batch: int | None = None,
+        retry: Retry | None = _RETRY,
+        breaker: Breaker | None = _BREAKER,
+    ) -> Callable[[F], F]:
+        """Send what the decorated function makes of every message of `source` to other topics."""
+        policy = FailurePolicy(retry, ordering="partition", breaker=breaker)
+
+        def register(function: F) -> F:
+            made = declare_transform(
+                function,
+                source,
+                to=to,
+                app_name=self.name,
+                name=name,
+                batch=batch,
+                max_batch=max_batch,
+                start=start,
+                policy=policy,
+            )
+            self._transforms[made.name] = made
+            for topic in (source, *made.targets):
+                self._topics.setdefault(_identity(topic), topic)
+            return function
+
+        return register
+
+    @property
+    def transforms(self) -> tuple[Transform, ...]:
+        """The transforms, in the order of their declaration."""
+        return tuple(self._transforms.values())
 
     @property
     def handlers(self) -> tuple[Handler, ...]:

@@ -13,7 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from uuid import UUID
 
-from eoframework.message import Record
+from eoframework.cloudevents import is_reserved
+from eoframework.message import Headers, OutboxMessage, Record, new_id
 
 MAX_ERROR = 1_000
 MAX_TRACEBACK = 8_000
@@ -64,6 +65,39 @@ def cause_of(error: Exception, *, text: bool) -> Cause:
         return Cause(name[:200], fingerprint, place)
     told = "".join(traceback.format_exception(error, chain=False))
     return Cause(name[:200], fingerprint, place, clean(words(error), MAX_ERROR), clean(told, MAX_TRACEBACK))
+
+
+def dead_letter_message(group: str, topic: str, parked: Parked, cause: Cause, why: str) -> OutboxMessage:
+    """What is sent to a topic of dead letters: the record as it was, and in its headers what became of it."""
+    record = parked.record
+    told = {
+        "eo-dlt-consumer": group,
+        "eo-dlt-topic": record.topic,
+        "eo-dlt-partition": str(record.partition),
+        "eo-dlt-offset": str(record.offset),
+        "eo-dlt-attempts": str(parked.attempts),
+        "eo-dlt-cause": f"{cause}: {why}",
+        "eo-dlt-fingerprint": cause.fingerprint,
+    }
+    return OutboxMessage(
+        id=new_id(),
+        topic=topic,
+        key=record.key,
+        payload=record.value,
+        type="eoframework.dead-letter",
+        source=group,
+        content_type="application/octet-stream",
+        headers=tuple((name, value.encode()) for name, value in told.items()) + _original(record.headers),
+    )
+
+
+def _original(headers: Headers) -> Headers:
+    # Names that are ours to write would be read as those of the dead letter's own message: also when what died was read
+    # from a topic of dead letters.
+    def ours(name: str) -> bool:
+        return is_reserved(name) or name.lower().startswith("eo-dlt-")
+
+    return tuple((f"eo-original-{name}" if ours(name) else name, value) for name, value in headers)
 
 
 def _application_frame(trace: TracebackType | None) -> str:

@@ -93,6 +93,20 @@ class Settings(BaseSettings):
     relay_poll_max: Seconds = 0.1
     transaction_timeout: Seconds = Field(default=60, description="Kafka's transaction.timeout.ms, in seconds")
 
+    transform_batch: int = Field(default=5000, gt=0, description="messages of one Kafka transaction of a transform")
+    transform_interval: Seconds = Field(default=0.1, description="after so long it is committed, however many they are")
+    transform_transaction_timeout: Seconds = Field(
+        default=5, description="Kafka ends a transform's transaction that is open for so long, its worker being dead"
+    )
+    transform_message_timeout: Seconds = Field(
+        default=4, description="a record that Kafka has not confirmed for so long fails its transaction"
+    )
+    instance: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9._-]{1,100}$",
+        description="name of this worker among all of its app, for ids that outlive the process; default a new one",
+    )
+
     log_format: Literal["auto", "text", "json"] = Field(default="auto", description="auto: text on a terminal")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 

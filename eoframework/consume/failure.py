@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import partial
 
 from eoframework import clock, events
-from eoframework.cloudevents import is_reserved
 from eoframework.consume.batch import Delivery, Outcome, Place
 from eoframework.consume.calls import Walk
 from eoframework.db.attempts import Attempts
@@ -24,9 +23,9 @@ from eoframework.db.processed import ProcessedMessages
 from eoframework.db.session import Connection
 from eoframework.errors import DecodeError, FailClosed, HandlerTimedOut, IdledTooLong, Retryable, TimedOut
 from eoframework.external import InFlight
-from eoframework.failures import Cause, Parked, cause_of
+from eoframework.failures import Cause, Parked, cause_of, dead_letter_message
 from eoframework.handlers import Handler
-from eoframework.message import Headers, OutboxMessage, new_id
+from eoframework.message import OutboxMessage
 from eoframework.retry import GiveUp, Retry, Tally, streaks
 
 log = logging.getLogger(__name__)
@@ -278,30 +277,8 @@ class Failures:
             connection, self._stream, Dead(parked, delivery.id, verdict.why, cause, holds)
         )
         self._news.append(partial(self._say_dead, delivery, cause, verdict, number))
-        return [self._dead_letter_message(parked, cause, verdict)] if self._policy.dead_letter_topic else []
-
-    def _dead_letter_message(self, parked: Parked, cause: Cause, verdict: GiveUp) -> OutboxMessage:
-        record = parked.record
-        told = {
-            "eo-dlt-consumer": self._handler.group,
-            "eo-dlt-topic": record.topic,
-            "eo-dlt-partition": str(record.partition),
-            "eo-dlt-offset": str(record.offset),
-            "eo-dlt-attempts": str(parked.attempts),
-            "eo-dlt-cause": f"{cause}: {verdict.why}",
-            "eo-dlt-fingerprint": cause.fingerprint,
-        }
-        headers = tuple((name, value.encode()) for name, value in told.items())
-        return OutboxMessage(
-            id=new_id(),
-            topic=self._handler.dead_letter_topic or "",
-            key=record.key,
-            payload=record.value,
-            type="eoframework.dead-letter",
-            source=self._handler.group,
-            content_type="application/octet-stream",
-            headers=headers + _original(record.headers),
-        )
+        topic = self._handler.dead_letter_topic
+        return [] if topic is None else [dead_letter_message(self._handler.group, topic, parked, cause, verdict.why)]
 
     def _cause(self, error: Exception) -> Cause:
         return cause_of(error, text=self._text)
@@ -345,12 +322,3 @@ def error_of(delivery: Delivery) -> Exception:
     if delivery.error is None:
         raise AssertionError(f"{delivery.record} did not fail")
     return delivery.error
-
-
-def _original(headers: Headers) -> Headers:
-    # Names that are ours to write would be read as those of the dead letter's own message: also when what died was read
-    # from a topic of dead letters.
-    def ours(name: str) -> bool:
-        return is_reserved(name) or name.lower().startswith("eo-dlt-")
-
-    return tuple((f"eo-original-{name}" if ours(name) else name, value) for name, value in headers)

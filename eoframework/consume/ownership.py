@@ -12,12 +12,13 @@ from typing import Protocol
 from uuid import UUID
 
 from eoframework import clock, events
-from eoframework.consume.start import GroupOffsets, refuse_moved_offset, set_back, topic_recreated
+from eoframework.consume.start import GroupOffsets, refuse_moved_offset, set_back
 from eoframework.db.position import Claim, Positions, Stream
 from eoframework.db.unit_of_work import WorkerConnection
-from eoframework.errors import Conflict, FailClosed, Retryable
+from eoframework.errors import Conflict, Retryable
+from eoframework.identity import deleted_topic, topic_recreated
 from eoframework.kafka.admin import UnknownTopic
-from eoframework.kafka.consumer import epoch_of_mark, offset_out_of_range
+from eoframework.kafka.offsets import epoch_of_mark, offset_out_of_range
 
 log = logging.getLogger(__name__)
 
@@ -282,7 +283,7 @@ class Ownership:
         try:
             found = answer()
         except UnknownTopic as error:
-            raise deleted_topic(self._stream) from error
+            raise deleted_topic(self._stream.consumer, self._stream.topic) from error
         if found != self._stream.topic_id:
             raise topic_recreated(self._stream.consumer, self._stream.topic, self._stream.topic_id, found)
 
@@ -290,11 +291,3 @@ class Ownership:
 def _is_foreign(partition: int, offsets: GroupOffsets) -> bool:
     """Whether the group's offset was committed by somebody else, such as a consumer whose offsets we adopted."""
     return partition in offsets and epoch_of_mark(offsets[partition][1]) is None
-
-
-def deleted_topic(stream: Stream) -> FailClosed:
-    """The topic is gone while its consumer runs."""
-    return FailClosed(
-        f"{stream.consumer}: topic {stream.topic!r} no longer exists.",
-        remedy=f"Its positions are kept. If it is re-created, begin with: eo position forget {stream.consumer}",
-    )

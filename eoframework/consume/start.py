@@ -14,8 +14,9 @@ from uuid import UUID
 
 from eoframework.db.position import Claim, PositionRow, Positions, Stream
 from eoframework.db.session import Connection
-from eoframework.errors import ConfigurationError, FailClosed
+from eoframework.errors import FailClosed
 from eoframework.handlers import Handler
+from eoframework.identity import other_cluster, refuse_renamed, topic_recreated
 
 log = logging.getLogger(__name__)
 
@@ -53,8 +54,9 @@ class Start:
         All partitions are stored at once, under the lock of the consumer's row: a partition that gets its row later
         is known to have appeared later, and begins at 0 whatever `start` says.
         """
-        self._refuse_renamed(connection, app=app, declared=declared)
         group, topic = self._handler.group, self._handler.topic.name
+        siblings = self._positions.siblings(connection, app=app, topic=topic)
+        refuse_renamed(group, where=self._handler.where, app=app, topic=topic, known=siblings, declared=declared)
         consumer_id = self._positions.register(connection, name=group, topic=topic)
         stream = Stream(consumer_id, group, topic, around.topic_id, around.cluster_id)
         known = self._positions.known(connection, consumer_id=consumer_id, topic=topic)
@@ -78,21 +80,6 @@ class Start:
                 topic,
             )
 
-    def _refuse_renamed(self, connection: Connection, *, app: str, declared: Collection[str]) -> None:
-        topic = self._handler.topic.name
-        known = self._positions.siblings(connection, app=app, topic=topic)
-        undeclared = sorted(known - set(declared))
-        if self._handler.group in known or not undeclared:
-            return
-        old = undeclared[0].removeprefix(f"{app}.")
-        raise ConfigurationError(
-            f"{self._handler.where}: consumer {self._handler.group!r} is new on topic {topic!r}, but the database "
-            f"knows {', '.join(undeclared)}, which this app no longer declares. Renaming a handler "
-            "would process the whole topic a second time.",
-            remedy=f"If it is the same handler, say name={old!r}. If it is a new one, retire the old: "
-            f"eo position forget {undeclared[0]}",
-        )
-
     def _first_offsets(self, around: Surroundings) -> dict[int, int]:
         if around.group_offsets and not self._adopt_offsets:
             raise FailClosed(
@@ -113,23 +100,9 @@ def refuse_moved(stream: Stream, known: Collection[PositionRow]) -> None:
     """Stop if the stored positions belong to another cluster, or to an earlier topic of the same name."""
     for row in known:
         if row.cluster_id != stream.cluster_id:
-            raise FailClosed(
-                f"{stream.consumer}: its positions in {stream.topic!r} were stored for Kafka cluster {row.cluster_id}, "
-                f"this one is {stream.cluster_id}: offsets mean nothing across clusters.",
-                remedy="Check EO_KAFKA_BOOTSTRAP_SERVERS. If the topic moved for good: eo position forget "
-                f"{stream.consumer}, then start with the offsets you choose.",
-            )
+            raise other_cluster(stream.consumer, stream.topic, stored=row.cluster_id, now=stream.cluster_id)
         if row.topic_id != stream.topic_id:
             raise topic_recreated(stream.consumer, stream.topic, row.topic_id, stream.topic_id)
-
-
-def topic_recreated(consumer: str, topic: str, old: UUID, new: UUID) -> FailClosed:
-    """The topic was deleted and made again: its offsets count other messages now."""
-    return FailClosed(
-        f"{consumer}: topic {topic!r} is not the one it was (its id changed from {old} to {new}): it was deleted and "
-        "re-created, so the stored offsets count other messages.",
-        remedy=f"Nothing was skipped. To process the new topic from its beginning: eo position forget {consumer}",
-    )
 
 
 def refuse_moved_offset(stream: Stream, claim: Claim, offset: int, committed_under: int | None) -> None:

@@ -26,7 +26,8 @@ from eoframework.errors import HandlerFailed, LostConnection, Retryable
 from eoframework.handlers import Handler
 from eoframework.kafka.admin import Admin
 from eoframework.kafka.config import consumer_config
-from eoframework.kafka.consumer import GroupConsumer, OutOfRange
+from eoframework.kafka.consumer import GroupConsumer
+from eoframework.kafka.offsets import OutOfRange
 from eoframework.lifecycle import Backoff
 from eoframework.message import Record
 from eoframework.settings import Settings

@@ -32,8 +32,8 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]  # its stubs d
 from eoframework import clock
 from eoframework.errors import ConfigurationError, EoError, Retryable, Unreachable
 from eoframework.kafka.config import admin_config, offset_reader_config
-from eoframework.kafka.consumer import offset_mark
 from eoframework.kafka.faults import classify, kafka_error
+from eoframework.kafka.offsets import offset_mark
 from eoframework.settings import Settings
 
 _log = logging.getLogger(__name__)

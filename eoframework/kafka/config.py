@@ -65,6 +65,14 @@ def transactional_config(settings: Settings, *, transactional_id: str, client_id
     }
 
 
+def transform_config(settings: Settings, *, transactional_id: str, client_id: str) -> dict[str, Any]:
+    """The same for a transform, whose transactions end before the group would give its partitions to another."""
+    return transactional_config(settings, transactional_id=transactional_id, client_id=client_id) | {
+        "transaction.timeout.ms": _ms(settings.transform_transaction_timeout),
+        "message.timeout.ms": _ms(settings.transform_message_timeout),
+    }
+
+
 def offset_reader_config(settings: Settings, *, group: str) -> dict[str, Any]:
     """A consumer that never joins its group, only asks for its offsets.
 

@@ -7,7 +7,6 @@ never raise: an exception out of the client's poll would leave records behind th
 from __future__ import annotations
 
 import logging
-import operator
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -16,14 +15,15 @@ from confluent_kafka import OFFSET_END, OFFSET_INVALID, Consumer, KafkaError, Ka
 from confluent_kafka import Message as ClientMessage
 
 from eoframework import clock, events
-from eoframework.errors import ConfigurationError, EoError, FailClosed, RestartNeeded, Retryable
+from eoframework.errors import ConfigurationError, EoError, RestartNeeded, Retryable
 from eoframework.kafka.faults import classify, kafka_error
-from eoframework.message import Headers, Record
+from eoframework.kafka.membership import Membership
+from eoframework.kafka.offsets import offset_mark, offset_out_of_range
+from eoframework.kafka.records import record_of
+from eoframework.message import Record
 
 log = logging.getLogger(__name__)
 _client_log = logging.getLogger("eoframework.kafka.client")
-
-_MARK = "eo:"
 
 _NO_PERMISSION = frozenset(
     {
@@ -38,6 +38,7 @@ _NO_PERMISSION = frozenset(
 _LOG_IS_NOT_WHAT_IT_WAS = frozenset({KafkaError._AUTO_OFFSET_RESET, KafkaError._LOG_TRUNCATION})
 _NOT_STARTED = frozenset({KafkaError._STATE, KafkaError._PREV_IN_PROGRESS})
 _FAREWELL_SECONDS = 5.0
+_COMMITTED_SECONDS = 10.0
 _SEEK_ATTEMPTS = 500
 _SEEK_PAUSE = 0.01
 
@@ -74,8 +75,10 @@ class GroupConsumer:
 
     # --- fetching ---
 
-    def fetch(self, limit: int, timeout: float) -> list[Record]:
+    def fetch(self, limit: int, timeout: float, *, linger: float = 0.0) -> list[Record]:
         """Up to `limit` records, waiting at most `timeout` seconds for the first; raises what a person must see.
+
+        linger: seconds to wait for more of them after the first.
 
         If anything raises on the way, or a rebalance happened, what was fetched is dropped and every partition goes
         back to where it stood: the loss guard.
@@ -84,7 +87,7 @@ class GroupConsumer:
         self._client_at.clear()
         before = self._rebalances
         try:
-            messages = self._poll(limit, timeout)
+            messages = self._poll(limit, timeout, linger)
         except BaseException as error:
             self._raise_callback_error()
             self.rewind(self._handed)
@@ -102,12 +105,12 @@ class GroupConsumer:
         events.emit("kafka.polled", records=len(records))
         return records
 
-    def _poll(self, limit: int, timeout: float) -> list[ClientMessage]:
+    def _poll(self, limit: int, timeout: float, linger: float) -> list[ClientMessage]:
         # consume(n, t) waits the full t unless n is reached; poll for the first, then take what is there.
         first = self._consumer.poll(timeout)
         if first is None:
             return []
-        return [first, *self._consumer.consume(limit - 1, 0)] if limit > 1 else [first]
+        return [first, *self._consumer.consume(limit - 1, linger)] if limit > 1 else [first]
 
     def _records(self, messages: list[ClientMessage]) -> list[Record]:
         records: list[Record] = []
@@ -216,6 +219,27 @@ class GroupConsumer:
         """The partitions the group says are ours; PostgreSQL may know better."""
         return {found.partition for found in self._consumer.assignment()}
 
+    def membership(self) -> Membership:
+        """As whom we fetched: to be asked right after `fetch`, for a Kafka transaction that moves the group's offsets.
+
+        Raises NotAMember.
+        """
+        return Membership.read(self._consumer.consumer_group_metadata())
+
+    def committed(self, partitions: Iterable[int]) -> dict[int, tuple[int, str] | None]:
+        """The group's offset of each partition and its metadata, None where there is none; raises Retryable.
+
+        Offsets of a Kafka transaction that has not ended are waited for: they may still become the group's.
+        """
+        asked = [TopicPartition(self._topic, partition) for partition in partitions]
+        try:
+            found = self._consumer.committed(asked, timeout=_COMMITTED_SECONDS)
+        except KafkaException as fault:
+            raise classify(fault, f"reading the offsets of group {self._group}") from fault
+        for failed in (at.error for at in found if at.error is not None):
+            raise classify(failed, f"reading the offsets of group {self._group}")
+        return {at.partition: (at.offset, at.metadata or "") if at.offset >= 0 else None for at in found}
+
     def commit(self, offsets: Mapping[int, tuple[int, int]], *, wait: bool = False) -> None:
         """Tell the group where we stand (partition -> offset, epoch), for lag tools only; a failure is harmless."""
         marks = [self._marked(partition, *at) for partition, at in offsets.items()]
@@ -301,66 +325,6 @@ class GroupConsumer:
             if isinstance(error, EoError):
                 raise error
             raise RestartNeeded(f"an assignment of {self._topic!r} could not be taken over: {error!r}.") from error
-
-
-def offset_mark(epoch: int) -> str:
-    """Metadata of every offset we commit: the epoch of the claim it was made under.
-
-    Tools that move a group's offsets by hand write none, so we see their hand. The epoch tells an offset from before
-    `eo position set` from one that a restored database does not know of.
-    """
-    return f"{_MARK}{epoch}"
-
-
-def epoch_of_mark(mark: str) -> int | None:
-    """The epoch under which we committed an offset; None if it was not us."""
-    epoch = mark.removeprefix(_MARK)
-    return int(epoch) if mark.startswith(_MARK) and epoch.isdecimal() else None
-
-
-class OutOfRange(FailClosed):
-    """The offset where we stand is not in the log."""
-
-
-def offset_out_of_range(group: str, topic: str, partition: int | None, detail: str) -> OutOfRange:
-    """Kafka no longer has, or does not have yet, the offset where we stand."""
-    return OutOfRange(
-        f"{topic}[{partition}]: the stored position is outside the log ({detail}): "
-        "records were deleted before they were processed, or the topic is not the one it was.",
-        remedy="Nothing was skipped. Find out why; then, to go on with the first message there is: "
-        f"eo position set {group} {partition} earliest",
-    )
-
-
-def record_of(message: ClientMessage) -> Record:
-    """The record the client handed out; one that it cannot read whole says so."""
-    kind, timestamp = message.timestamp()
-    headers, unreadable = _headers(message)
-    return Record(
-        message.topic() or "",
-        message.partition() or 0,
-        message.offset() or 0,
-        message.key(),
-        message.value(),
-        headers,
-        timestamp if kind else -1,
-        unreadable,
-    )
-
-
-_ask_headers = operator.methodcaller("headers")
-
-
-def _headers(message: ClientMessage) -> tuple[Headers, str]:
-    """The headers, or why they cannot be read: then this record fails, like any other that cannot be decoded.
-
-    A header name that is not UTF-8 makes the client return null pointers together with an exception. A plain call does
-    not always look for that; this one does. Asked for once: the second time there is no exception.
-    """
-    try:
-        return tuple(_ask_headers(message) or ()), ""
-    except (SystemError, UnicodeDecodeError) as error:
-        return (), f"the name of a header is not UTF-8 ({error.__cause__ or error})"
 
 
 def _start(offset: int | None) -> int:

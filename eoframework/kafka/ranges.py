@@ -12,8 +12,8 @@ from confluent_kafka import Message as ClientMessage
 from eoframework import clock
 from eoframework.errors import NotFound, Retryable
 from eoframework.kafka.config import offset_reader_config
-from eoframework.kafka.consumer import record_of
 from eoframework.kafka.faults import classify, kafka_error
+from eoframework.kafka.records import record_of
 from eoframework.message import Record
 from eoframework.settings import Settings
 

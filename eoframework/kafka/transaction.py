@@ -12,11 +12,12 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from confluent_kafka import KafkaError, KafkaException
+from confluent_kafka import KafkaError, KafkaException, TopicPartition
 
 from eoframework import clock, events
 from eoframework.errors import ConfigurationError, EoError, RestartNeeded, Retryable
 from eoframework.kafka.faults import kafka_error
+from eoframework.kafka.membership import Membership
 from eoframework.kafka.producer import BatchProducer, Outgoing, lower_batch_size
 
 _log = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ class TransactionalProducer:
         self._name = str(config["transactional.id"])
         self._quarantine_after = _QUARANTINE_SHARE * float(config["retry.backoff.ms"]) / 1000
         self._producer: BatchProducer | None = None
-        self._doubt = ""
+        self._doubt = self._late = ""
         self.replaced = 0
         """How many producers were thrown away for doubt."""
 
@@ -97,6 +98,25 @@ class TransactionalProducer:
         """Queue records, in their order, in the open transaction."""
         self._ready().send(records)
 
+    def send_offsets(self, topic: str, offsets: Mapping[int, tuple[int, str]], membership: Membership) -> None:
+        """Move the group's offsets (partition -> offset, metadata) with this transaction, after all of it is confirmed.
+
+        Refused by Kafka when `membership` is no longer that of a member of the group: nothing happened then.
+        After everything was produced: before, Kafka is still busy with the last transaction, and each of its refusals
+        costs 100 to 500 ms. Source: KIP-447.
+        """
+        producer = self._ready()
+        producer.flush()
+        events.emit("kafka.transaction.flushed", transactional_id=self._name)
+        moved = [TopicPartition(topic, p, offset, metadata=mark) for p, (offset, mark) in sorted(offsets.items())]
+        started = clock.monotonic()
+        try:
+            producer.client.send_offsets_to_transaction(moved, membership.raw, _CALL_TIMEOUT)
+        except KafkaException as error:
+            raise self._doubted(producer, error, "moving the group's offsets in a Kafka transaction") from error
+        self._time(started, "moving the group's offsets")
+        events.emit("kafka.transaction.offsets_sent", transactional_id=self._name)
+
     def commit(self) -> None:
         """Make everything sent visible at once to read_committed readers.
 
@@ -112,9 +132,9 @@ class TransactionalProducer:
             producer.client.commit_transaction(_CALL_TIMEOUT)
         except KafkaException as error:
             raise self._doubted(producer, error, "committing a Kafka transaction") from error
-        taken = clock.monotonic() - started
-        if taken >= self._quarantine_after:
-            self.doubt(f"a commit took {taken * 1000:.0f} ms, so its EndTxn may have been sent twice")
+        self._time(started, "a commit")
+        if self._late:
+            self.doubt(self._late)
         events.emit("kafka.transaction.committed", transactional_id=self._name)
 
     def abort(self) -> None:
@@ -148,12 +168,19 @@ class TransactionalProducer:
         if producer is not None:
             producer.close()
 
+    def _time(self, started: float, what: str) -> None:
+        # Noted and not yet a doubt: a second copy within this transaction changes nothing, it may go on to its commit.
+        taken = clock.monotonic() - started
+        if taken >= self._quarantine_after:
+            self._late = f"{what} took {taken * 1000:.0f} ms, so a request may have been sent twice"
+
     def _ready(self) -> BatchProducer:
         if self._producer is None or self._doubt:
             raise RuntimeError("make_ready() comes first")
         return self._producer
 
     def _discard(self) -> None:
+        self._late = ""
         if self._producer is None:
             self._doubt = ""
             return
@@ -181,7 +208,8 @@ class TransactionalProducer:
         if fault.code() in _FORBIDDEN:
             raise ConfigurationError(
                 f"Kafka refuses the transactional id {self._name}: {fault.str()}.",
-                remedy="Grant WRITE and DESCRIBE on transactional ids with the prefix eo.relay. to this principal.",
+                remedy=f"Grant WRITE and DESCRIBE on transactional ids with the prefix {_prefix(self._name)} "
+                "to this principal.",
             ) from error
         if not fault.retriable() or late or self._stopping():
             found = producer.call_failed(error, f"starting the producer {self._name}")
@@ -189,3 +217,8 @@ class TransactionalProducer:
                 trouble = f" ({producer.trouble})" if producer.trouble else ""
                 raise Retryable(f"{found.what}{trouble}") from error
             raise found from error
+
+
+def _prefix(transactional_id: str) -> str:
+    """What all ids of one kind begin with: `eo.relay.`, `eo.transform.`, `eo.producer.`."""
+    return f"{'.'.join(transactional_id.split('.')[:2])}."

@@ -177,7 +177,7 @@ def test_a_partition_that_appears_later_is_read_from_its_beginning_even_with_sta
 def test_a_renamed_handler_refuses_to_start(
     settings: Settings, database: Database, topic_name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Seen to fail without `_refuse_renamed` in consume/start.py: the new name began at the topic's beginning."""
+    """Seen to fail without `refuse_renamed` in consume/start.py: the new name began at the topic's beginning."""
     old = make_app(settings, database)
     old.handler(Topic(topic_name, Entry), name="old")(book)
     assert run_once(old) == 0
