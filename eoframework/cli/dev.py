@@ -19,6 +19,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
 from eoframework import dev
 from eoframework.dev import processes, stack
+from eoframework.dev.kafka import NUMBERS_OF_BROKERS
 from eoframework.errors import EoError, NotFound
 
 app = typer.Typer(
@@ -28,7 +29,26 @@ app = typer.Typer(
 StateDirectory = Annotated[
     Path, typer.Option("--state-dir", help="Where the services keep everything they have.", show_default=True)
 ]
-KafkaPort = Annotated[int | None, typer.Option(help="Kafka's port (default: a free one).", min=1, max=65535)]
+
+
+def _one_or_three(brokers: int | None) -> int | None:
+    if brokers is not None and brokers not in NUMBERS_OF_BROKERS:
+        raise typer.BadParameter(f"{brokers} brokers are not offered; use 1, or 3 to see a failover.")
+    return brokers
+
+
+Brokers = Annotated[
+    int | None,
+    typer.Option(
+        metavar="1|3",
+        callback=_one_or_three,
+        help="How many Kafka brokers; 3 replicate for each other (default: as many as there are, else 1).",
+    ),
+]
+KafkaPort = Annotated[
+    int | None,
+    typer.Option(help="Kafka's port (default: a free one); of three brokers the first one's.", min=1, max=65535),
+]
 PostgresPort = Annotated[int | None, typer.Option(help="PostgreSQL's port (default: a free one).", min=1, max=65535)]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 DEFAULT = stack.DEFAULT_STATE_DIRECTORY
@@ -37,15 +57,16 @@ DEFAULT = stack.DEFAULT_STATE_DIRECTORY
 @app.command()
 def up(
     state_dir: StateDirectory = DEFAULT,
+    brokers: Brokers = None,
     kafka_port: KafkaPort = None,
     postgres_port: PostgresPort = None,
     as_json: Json = False,
 ) -> None:
-    """Start both services, or find the running ones, and print the two settings: `eval "$(eo dev up)"`."""
+    """Start Kafka and PostgreSQL, or find the running ones, and print the two settings: `eval "$(eo dev up)"`."""
     with _Screen() as screen:
         services = dev.start(
             state_dir,
-            kafka=dev.KafkaOptions(port=kafka_port),
+            kafka=dev.KafkaOptions(brokers=brokers, port=kafka_port),
             postgres=dev.PostgresOptions(port=postgres_port),
             bound_to_parent=False,
             watcher=screen,
@@ -61,14 +82,14 @@ def up(
 
 @app.command()
 def down(state_dir: StateDirectory = DEFAULT) -> None:
-    """Stop both services; their data stay."""
+    """Stop all services; their data stay."""
     stopped = dev.down(state_dir)
     typer.echo("Stopped; the data are kept." if stopped else "Nothing was running.", err=True)
 
 
 @app.command()
 def status(state_dir: StateDirectory = DEFAULT, as_json: Json = False) -> None:
-    """Tell what runs; exit 0 when both services do, 69 otherwise."""
+    """Tell what runs; exit 0 when all services do, 69 otherwise."""
     found = dev.status(state_dir)
     if as_json:
         typer.echo(json.dumps({service.name: asdict(service) for service in found}))
@@ -81,7 +102,7 @@ def status(state_dir: StateDirectory = DEFAULT, as_json: Json = False) -> None:
 
 @app.command()
 def reset(state_dir: StateDirectory = DEFAULT) -> None:
-    """Stop both services and delete their data."""
+    """Stop all services and delete their data."""
     deleted = dev.reset(state_dir)
     typer.echo("Stopped and deleted." if deleted else "There was nothing to delete.", err=True)
 
@@ -90,10 +111,11 @@ def reset(state_dir: StateDirectory = DEFAULT) -> None:
 def run(
     command: Annotated[list[str], typer.Argument(metavar="-- COMMAND...", help="The command and its arguments.")],
     state_dir: StateDirectory = DEFAULT,
+    brokers: Brokers = None,
     kafka_port: KafkaPort = None,
     postgres_port: PostgresPort = None,
 ) -> None:
-    """Run a command with both services for as long as it lives; exits with its exit code.
+    """Run a command with the services for as long as it lives; exits with its exit code.
 
     The services end with it, however this process ends; services that ran before are used and left running.
     """
@@ -103,7 +125,7 @@ def run(
     with _Screen() as screen:
         services = dev.start(
             state_dir,
-            kafka=dev.KafkaOptions(port=kafka_port),
+            kafka=dev.KafkaOptions(brokers=brokers, port=kafka_port),
             postgres=dev.PostgresOptions(port=postgres_port),
             watcher=screen,
         )
@@ -189,7 +211,8 @@ class _Screen:
     def done(self, services: dev.Services) -> None:
         """Say where the services are."""
         how = "already running" if services.found_running else "running"
-        typer.echo(f"Kafka and PostgreSQL are {how} (state in {services.directory.path}).", err=True)
+        kafka = "Kafka" if len(services.cluster.nodes) == 1 else f"{len(services.cluster.nodes)} Kafka brokers"
+        typer.echo(f"{kafka} and PostgreSQL are {how} (state in {services.directory.path}).", err=True)
 
 
 def main() -> NoReturn:

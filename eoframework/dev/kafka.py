@@ -1,36 +1,41 @@
-"""The development broker: Apache Kafka, broker and controller in one JVM, on this machine's loopback."""
+"""One development broker: Apache Kafka, broker and controller in one JVM, on this machine's loopback."""
 
 from __future__ import annotations
 
-import base64
 import shutil
 import signal
 import threading
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from eoframework import clock
 from eoframework.dev import jars, java, logs, processes
+from eoframework.dev.kafka_properties import server_properties
 from eoframework.dev.processes import CalledOff, Guarded, Identity, Plan
 from eoframework.dev.state import KafkaState
-from eoframework.errors import EoError, Unreachable
+from eoframework.errors import ConfigurationError, Unreachable
 from eoframework.kafka.probe import commit_probe_transaction
 
 PROBE_TOPIC = "eo.dev.probe"
+NUMBERS_OF_BROKERS = (1, 3)
+LOG = "kafka.log"
 _START_SECONDS = 90.0
-_NODE_ID = 1
+_HEAP_MB = {1: 512, 3: 384}
 
 
 @dataclass(frozen=True, kw_only=True)
 class KafkaOptions:
-    """How the broker runs. `properties` are added to ours and win over them."""
+    """How Kafka runs. `properties` are added to ours, of each broker, and win over them."""
 
+    brokers: int | None = None
+    """1, or 3 (one quorum, replication factor 3, `min.insync.replicas` 2); None: as many as there are, else 1."""
     port: int | None = None
+    """The first broker's port for clients; two more take the next two."""
     session_timeout_ms: int = 6_000
     properties: Mapping[str, str] = field(default_factory=dict)
-    heap_mb: int = 512
+    heap_mb: int | None = None
+    """Each broker's heap; None: 512, or 384 where there are three."""
     java_options: Sequence[str] = ("-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1")
     """Quick to start: 1.6 s of processor time less than with the JVM's second compiler, which needs time to pay."""
     java: Path | None = None
@@ -38,6 +43,13 @@ class KafkaOptions:
     jar_directory: Path | None = None
     """Where the jars are cached; None: once per user."""
     maven_repository: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.brokers is not None and self.brokers not in NUMBERS_OF_BROKERS:
+            raise ConfigurationError(
+                f"{self.brokers} development brokers are not offered.",
+                remedy="Use 1, or 3 to see a failover (2 lose their quorum with either one).",
+            )
 
 
 class KafkaBroker:
@@ -49,20 +61,32 @@ class KafkaBroker:
         state: KafkaState,
         options: KafkaOptions,
         *,
+        quorum: Sequence[KafkaState],
         jar_files: Callable[[], list[Path]],
         changed: Callable[[], None],
     ) -> None:
         self._directory = directory
         self._state = state
         self._options = options
+        self._quorum = quorum
         self._jars = jar_files
         self._changed = changed
         self._guarded: Guarded | None = None
-        self.log = directory / "kafka.log"
+        self.log = directory / LOG
+
+    @property
+    def node_id(self) -> int:
+        """Its number in the quorum, from 1; Kafka's `node.id` and `broker.id`."""
+        return self._state.node_id
+
+    @property
+    def name(self) -> str:
+        """How people are told of it: `kafka`, or `kafka-2` where there are three."""
+        return name_of(self._state, self._quorum)
 
     @property
     def bootstrap_servers(self) -> str:
-        """`host:port` for clients."""
+        """`host:port` of this broker for clients."""
         return f"127.0.0.1:{self._state.port}"
 
     @property
@@ -81,35 +105,60 @@ class KafkaBroker:
         process = self._state.process
         return process is not None and process.alive() and processes.answers(self.port)
 
-    def choose_ports(self) -> None:
+    def choose_ports(self, *, wanted: int | None, avoid: Sequence[int] = ()) -> None:
         """Fix the ports: pinned, else those of last time while free, else free ones."""
-        state, wanted = self._state, self._options.port
-        state.port = processes.choose_port(wanted=wanted, remembered=state.port, option="--kafka-port", what="Kafka")
+        state = self._state
+        state.port = processes.choose_port(
+            wanted=wanted, remembered=state.port, option="--kafka-port", what="Kafka", avoid=avoid
+        )
+        self._keep_controller_port()
         state.controller_port = processes.choose_port(
-            wanted=None, remembered=state.controller_port, option="", what="", avoid=[state.port]
+            wanted=None, remembered=state.controller_port, option="", what="", avoid=[state.port, *avoid]
         )
 
+    def _keep_controller_port(self) -> None:
+        # The voters' addresses stand in the quorum's log. One that moved could be learnt by a leader; with two moved
+        # there is no leader any more that could learn it, and the brokers would wait for each other for ever.
+        port = self._state.controller_port
+        if len(self._quorum) > 1 and self._state.formatted and port and not processes.port_is_free(port):
+            raise ConfigurationError(
+                f"Port {port}, where the controllers of {self._directory.parent} find {self.name}, is in use by "
+                "another program.",
+                remedy="Stop that program, or run `eo dev reset` to begin anew with empty data.",
+            )
+
+    def begin_format(self, program: Path, cluster_id: str, *, voters: Sequence[str]) -> Guarded:
+        """Start Kafka's storage tool on empty data; `voters` are all nodes of the quorum, none for one alone."""
+        # Whatever an interrupted format left is no data of anybody's.
+        shutil.rmtree(self._data, ignore_errors=True)
+        self._state.cluster_id = cluster_id
+        self._write_properties()
+        logs.mark(self.log)
+        quorum = ["--initial-controllers", ",".join(voters)] if voters else ["--standalone"]
+        arguments = ["format", *quorum, "-t", cluster_id, "-c", str(self._properties_file)]
+        return processes.spawn(self._plan(program, "kafka.tools.StorageTool", arguments))
+
     def start(self, *, stop: threading.Event | None = None) -> None:
-        """Start the broker on its data and wait until a probe transaction commits.
+        """Start the broker on its data and wait until it commits a probe transaction.
 
         Raises ConfigurationError or Unreachable with the decisive line of the log when it dies, and leaves no process.
         """
-        stop = stop or threading.Event()
-        if self._state.port is None:
-            self.choose_ports()
-        program = self._options.java or java.find()
+        try:
+            self.launch(self._options.java or java.find())
+            wait_until_ready([self], stop=stop)
+        except BaseException:
+            self.kill()
+            raise
+
+    def launch(self, program: Path) -> None:
+        """Start the broker's process on its data; it is not ready yet when this returns."""
         if not self._state.formatted:
-            self._format(program)
+            raise Unreachable("The development broker has no data yet.", remedy="Run `eo dev up` first.")
         self._write_properties()
         logs.mark(self.log)
         self._guarded = processes.spawn(self._plan(program, "kafka.Kafka", [str(self._properties_file)]))
         self._state.process = self._guarded.identity
         self._changed()
-        try:
-            self._wait_until_ready(self._guarded, stop)
-        except BaseException:
-            self.kill()
-            raise
 
     def keep(self) -> None:
         """Let the broker outlive this process."""
@@ -138,6 +187,16 @@ class KafkaBroker:
         """SIGCONT after `pause()`."""
         self._send(signal.SIGCONT)
 
+    def raise_if_died(self) -> None:
+        """Raise the decisive line of its log when the process that `launch()` started has ended."""
+        if self._guarded is not None and (code := self._guarded.exit_code()) is not None:
+            raise logs.died(self.title, self.log, code)
+
+    @property
+    def title(self) -> str:
+        """How a sentence begins with it."""
+        return "Kafka" if len(self._quorum) == 1 else f"Kafka's broker {self.node_id}"
+
     def _send(self, number: signal.Signals) -> None:
         process = self._state.process
         if process is None or not processes.send(process, number):
@@ -160,23 +219,10 @@ class KafkaBroker:
     def _data(self) -> Path:
         return self._directory / "kafka-data"
 
-    def _format(self, program: Path) -> None:
-        # Whatever an interrupted format left is no data of anybody's.
-        shutil.rmtree(self._data, ignore_errors=True)
-        self._state.cluster_id = _cluster_id()
-        self._write_properties()
-        logs.mark(self.log)
-        arguments = ["format", "--standalone", "-t", self._state.cluster_id, "-c", str(self._properties_file)]
-        code = processes.run(self._plan(program, "kafka.tools.StorageTool", arguments))
-        if code != 0:
-            raise logs.died("Kafka's storage tool", self.log, code)
-        self._state.formatted = True
-        self._changed()
-
     def _plan(self, program: Path, main: str, arguments: list[str]) -> Plan:
         command = [
             str(program),
-            f"-Xmx{self._options.heap_mb}m",
+            f"-Xmx{self._options.heap_mb or _HEAP_MB[len(self._quorum)]}m",
             *self._options.java_options,
             "-XX:-UsePerfData",
             "-Djava.awt.headless=true",
@@ -193,95 +239,50 @@ class KafkaBroker:
         return Plan(command=command, log=self.log, directory=self._directory, grace=5.0)
 
     def _write_properties(self) -> None:
-        properties = {**server_properties(self._state, self._options, data=self._data), **self._options.properties}
-        lines = [f"{name}={value}" for name, value in sorted(properties.items())]
+        ours = server_properties(
+            self._state, self._quorum, data=self._data, session_timeout_ms=self._options.session_timeout_ms
+        )
+        lines = [f"{name}={value}" for name, value in sorted({**ours, **self._options.properties}.items())]
         try:
+            self._directory.mkdir(exist_ok=True)
             self._properties_file.write_text("\n".join(lines) + "\n")
         except OSError as error:
             raise jars.disk_error(error, self._directory) from error
 
-    def _wait_until_ready(self, guarded: Guarded, stop: threading.Event) -> None:
-        deadline = clock.monotonic() + _START_SECONDS
-        last: EoError | None = None
-        while clock.monotonic() < deadline:
-            if stop.is_set():
-                raise CalledOff("The start of Kafka was called off.")
-            if guarded.exit_code() is not None:
-                raise logs.died("Kafka", self.log, guarded.exit_code())
-            if not processes.answers(self.port):
-                clock.wait(stop, 0.05)
-                continue
-            try:
-                commit_probe_transaction(self.bootstrap_servers, topic=PROBE_TOPIC, timeout=5.0)
-            except Unreachable as error:
-                last = error
-            else:
+
+def name_of(node: KafkaState, quorum: Sequence[KafkaState]) -> str:
+    """How people are told of a broker: `kafka`, or `kafka-2` where there are three."""
+    return "kafka" if len(quorum) == 1 else f"kafka-{node.node_id}"
+
+
+def wait_until_ready(brokers: Sequence[KafkaBroker], *, stop: threading.Event | None = None) -> None:
+    """Wait until each broker, asked at its own address, commits a probe transaction.
+
+    Raises ConfigurationError or Unreachable with the decisive line of the log of the first that dies, CalledOff when
+    `stop` is set.
+    """
+    stop = stop or threading.Event()
+    patience = _START_SECONDS * len(brokers)
+    deadline = clock.monotonic() + patience
+    waiting, last = list(brokers), ""
+    while clock.monotonic() < deadline:
+        if stop.is_set():
+            raise CalledOff("The start of Kafka was called off.")
+        for broker in brokers:
+            broker.raise_if_died()
+        # All ports first: where three start at once, the first one up can only wait for the others.
+        if not all(processes.answers(broker.port) for broker in waiting):
+            clock.wait(stop, 0.05)
+            continue
+        try:
+            commit_probe_transaction(waiting[0].bootstrap_servers, topic=PROBE_TOPIC, timeout=5.0)
+        except Unreachable as error:
+            last = str(error)
+        else:
+            del waiting[0]
+            if not waiting:
                 return
-        raise Unreachable(
-            f"Kafka was not ready within {_START_SECONDS:.0f} s: {last or logs.decisive_line(self.log)}",
-            remedy=f"Its log is {self.log}.",
-        )
-
-
-def _cluster_id() -> str:
-    while True:
-        made = base64.urlsafe_b64encode(uuid.uuid4().bytes).rstrip(b"=").decode()
-        # One in 64 would be taken for an option of the storage tool.
-        if not made.startswith("-"):
-            return made
-
-
-def server_properties(state: KafkaState, options: KafkaOptions, *, data: Path) -> dict[str, str]:
-    """The broker's configuration: one node, small, quick to notice the dead."""
-    listeners = f"PLAINTEXT://127.0.0.1:{state.port},CONTROLLER://127.0.0.1:{state.controller_port}"
-    return {
-        "process.roles": "broker,controller",
-        "node.id": str(_NODE_ID),
-        "controller.quorum.bootstrap.servers": f"127.0.0.1:{state.controller_port}",
-        "controller.listener.names": "CONTROLLER",
-        "inter.broker.listener.name": "PLAINTEXT",
-        "listeners": listeners,
-        "advertised.listeners": listeners,
-        "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT",
-        "log.dirs": str(data),
-        "auto.create.topics.enable": "false",
-        **_ONE_BROKER,
-        **_SMALL,
-        **group_timeouts(options.session_timeout_ms),
-    }
-
-
-_ONE_BROKER = {
-    "offsets.topic.replication.factor": "1",
-    "transaction.state.log.replication.factor": "1",
-    "transaction.state.log.min.isr": "1",
-    "share.coordinator.state.topic.replication.factor": "1",
-    "share.coordinator.state.topic.min.isr": "1",
-    # After a SIGKILL the new broker waits until the controller gives the old one up (9 s by default).
-    "broker.session.timeout.ms": "2000",
-    "broker.heartbeat.interval.ms": "400",
-}
-_SMALL = {
-    # The defaults (50 partitions each) cost a second at every start and a file handle each.
-    "offsets.topic.num.partitions": "3",
-    "transaction.state.log.num.partitions": "3",
-    "num.network.threads": "2",
-    "num.io.threads": "4",
-    # The default buffer is a quarter of the heap.
-    "log.cleaner.dedupe.buffer.size": "16777216",
-    "group.initial.rebalance.delay.ms": "0",
-    # A dead producer's transaction holds read_committed readers up; the default looks every 10 s.
-    "transaction.abort.timed.out.transaction.cleanup.interval.ms": "1000",
-}
-
-
-def group_timeouts(session_timeout_ms: int) -> dict[str, str]:
-    """How soon the group coordinator gives a silent member up; under KIP-848 that is the broker's to say."""
-    heartbeat = max(500, session_timeout_ms // 4)
-    return {
-        "group.consumer.session.timeout.ms": str(session_timeout_ms),
-        "group.consumer.min.session.timeout.ms": str(min(1_000, session_timeout_ms)),
-        "group.consumer.heartbeat.interval.ms": str(heartbeat),
-        "group.consumer.min.heartbeat.interval.ms": "500",
-        "group.min.session.timeout.ms": "1000",
-    }
+    raise Unreachable(
+        f"{waiting[0].title} was not ready within {patience:.0f} s: {last or logs.decisive_line(waiting[0].log)}",
+        remedy=f"Its log is {waiting[0].log}.",
+    )

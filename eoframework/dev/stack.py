@@ -1,4 +1,4 @@
-"""The broker and the database of one project together: start, find again, stop, begin anew."""
+"""The brokers and the database of one project together: start, find again, stop, begin anew."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Protocol
 
 from eoframework.dev import cache, jars, logs, open_home, postgres_programs, processes
-from eoframework.dev.kafka import KafkaBroker, KafkaOptions
+from eoframework.dev.cluster import KafkaCluster, as_many_as, delete_data, home
+from eoframework.dev.kafka import LOG, KafkaBroker, KafkaOptions, name_of
 from eoframework.dev.postgres import PostgresOptions, PostgresServer, StopMode
 from eoframework.dev.postgres_programs import SystemUser
 from eoframework.dev.processes import CalledOff, Identity
@@ -25,7 +26,7 @@ DATABASE_SETTING = "EO_DATABASE_URL"
 KAFKA_SETTING = "EO_KAFKA_BOOTSTRAP_SERVERS"
 
 _NEEDED_BYTES = 300_000_000
-_FILES = ("state.json", "server.properties", ".gitignore", "lock")
+_FILES = ("postgres.log", "postgres.log.1", "state.json", ".gitignore", "lock")
 
 
 class Watcher(Protocol):
@@ -49,14 +50,21 @@ class Silent:
 
 
 class Services:
-    """A running broker and database. `stop()` ends them; as a context manager it does so at the end of the block."""
+    """Running brokers and database. `stop()` ends them; as a context manager it does so at the end of the block."""
 
-    def __init__(self, directory: StateDirectory, state: State, kafka: KafkaBroker, postgres: PostgresServer) -> None:
+    def __init__(
+        self, directory: StateDirectory, state: State, cluster: KafkaCluster, postgres: PostgresServer
+    ) -> None:
         self.directory = directory
-        self.kafka = kafka
+        self.cluster = cluster
         self.postgres = postgres
         self.found_running = False
         self._state = state
+
+    @property
+    def kafka(self) -> KafkaBroker:
+        """The broker; the first one where there are three (`cluster` has them all)."""
+        return self.cluster.nodes[0]
 
     @property
     def database_url(self) -> str:
@@ -65,20 +73,20 @@ class Services:
 
     @property
     def bootstrap_servers(self) -> str:
-        """`host:port` of the broker."""
-        return self.kafka.bootstrap_servers
+        """`host:port` of every broker."""
+        return self.cluster.bootstrap_servers
 
     def environment(self) -> dict[str, str]:
-        """The settings by which eoframework finds both services."""
+        """The settings by which eoframework finds the services."""
         return {DATABASE_SETTING: self.database_url, KAFKA_SETTING: self.bootstrap_servers}
 
     def stop(self, *, mode: StopMode = "fast") -> None:
-        """End both services, data stay; `immediate` and `kill` end the broker by SIGKILL."""
+        """End all services, data stay; `immediate` and `kill` end the brokers by SIGKILL."""
         try:
             if mode == "fast":
-                self.kafka.stop()
+                self.cluster.stop()
             else:
-                self.kafka.kill()
+                self.cluster.kill()
         finally:
             # Also when the state file cannot be written any more (full disk).
             self.postgres.stop(mode=mode)
@@ -99,7 +107,9 @@ def start(
     bound_to_parent: bool = True,
     watcher: Watcher | None = None,
 ) -> Services:
-    """Both services run, ready for transactions: the ones already running from this directory, else new ones.
+    """All services run, ready for transactions: the ones already running from this directory, else new ones.
+
+    Of three brokers that stay until `eo dev down` only those are started that do not run.
 
     On a crash: with `bound_to_parent` they end with this process, however it ends; without it they do so only while
     they start, and afterwards stay until `stop()` or `eo dev down`. Data and ports are kept in `state_directory`.
@@ -111,24 +121,43 @@ def start(
     directory.prepare()
     with directory.locked(waiting=lambda: watcher.stage("waiting for another eo dev command")):
         services = _open(directory, kafka or KafkaOptions(), postgres or PostgresOptions(), watcher)
-        if services.kafka.running() and services.postgres.running():
-            _refuse_other_ports(services, kafka, postgres)
+        if _found_running(services, watcher, kafka, postgres):
             services.found_running = True
             return services
         # One of the two died, or the machine restarted: the other may still run.
         services.stop()
         _start_both(services, watcher)
         if not bound_to_parent:
-            services.kafka.keep()
+            services.cluster.keep()
             services.postgres.keep()
         services._state.owner = _this_process() if bound_to_parent else None
         directory.save(services._state)
     return services
 
 
+def _found_running(
+    services: Services, watcher: Watcher, kafka: KafkaOptions | None, postgres: PostgresOptions | None
+) -> bool:
+    """Whether the services run; of three brokers one that runs is enough, the others are started again."""
+    missing = services.cluster.missing()
+    if len(missing) == len(services.cluster.nodes) or not services.postgres.running():
+        return False
+    # Those that live and die with another process are its own: a broker that we start would outlive it.
+    if missing and services._state.owner is not None:
+        return False
+    _refuse_other_ports(services, kafka, postgres)
+    if missing:
+        watcher.stage(f"starting {' and '.join(node.name for node in missing)} again")
+        _need_space(services.directory.path)
+        services.cluster.choose_ports()
+        services.cluster.start()
+        services.cluster.keep()
+    return True
+
+
 def _start_both(services: Services, watcher: Watcher) -> None:
     _need_space(services.directory.path)
-    services.kafka.choose_ports()
+    services.cluster.choose_ports()
     services.postgres.choose_port()
     stop = threading.Event()
     with ThreadPoolExecutor(1) as pool:
@@ -137,7 +166,7 @@ def _start_both(services: Services, watcher: Watcher) -> None:
         postgres.add_done_callback(lambda ended: stop.set() if ended.exception() else None)
         try:
             watcher.stage("starting Kafka and PostgreSQL")
-            services.kafka.start(stop=stop)
+            services.cluster.start(stop=stop)
             postgres.result()
         except CalledOff:
             services.stop(mode="immediate")
@@ -170,10 +199,13 @@ def status(state_directory: Path = DEFAULT_STATE_DIRECTORY) -> list[ServiceStatu
     """What runs from this directory, verified by process start time and an answer on the port, changing nothing."""
     directory = StateDirectory(state_directory)
     state = directory.load()
-    return [
-        _status("kafka", state.kafka.process, state.kafka.port, directory.path / "kafka.log"),
-        _status("postgres", state.postgres.process, state.postgres.port, directory.path / "postgres.log"),
+    brokers = state.kafka or [KafkaState()]
+    kafka = [
+        _status(name_of(broker, brokers), broker.process, broker.port, home(directory.path, broker, brokers) / LOG)
+        for broker in brokers
     ]
+    postgres = _status("postgres", state.postgres.process, state.postgres.port, directory.path / "postgres.log")
+    return [*kafka, postgres]
 
 
 def _status(name: str, process: Identity | None, port: int | None, log: Path) -> ServiceStatus:
@@ -207,7 +239,7 @@ def down(state_directory: Path = DEFAULT_STATE_DIRECTORY) -> bool:
     directory = StateDirectory(state_directory)
     with directory.locked():
         services = _open(directory, KafkaOptions(), PostgresOptions(), None)
-        identities = (services.kafka.identity, services.postgres.identity)
+        identities = [services.postgres.identity, *(node.identity for node in services.cluster.nodes)]
         ran = any(identity is not None and identity.alive() for identity in identities)
         services.stop()
     return ran
@@ -236,32 +268,34 @@ def _delete_services(directory: StateDirectory) -> None:
         state = directory.load()
     except ConfigurationError:
         # An unreadable state file is one of the reasons to reset; its message said to stop the services by hand.
-        state = State(kafka=KafkaState(), postgres=PostgresState())
-    for identity, number in ((state.kafka.process, signal.SIGKILL), (state.postgres.process, signal.SIGQUIT)):
+        state = State(kafka=[], postgres=PostgresState())
+    ended = [(broker.process, signal.SIGKILL) for broker in state.kafka]
+    for identity, number in (*ended, (state.postgres.process, signal.SIGQUIT)):
         if identity is not None:
             processes.end(identity, stop_signal=number, grace=5.0)
-    shutil.rmtree(directory.path / "kafka-data", ignore_errors=True)
+    delete_data(directory.path)
     shutil.rmtree(state.postgres.home or directory.path / "postgres", ignore_errors=True)
-    for name in ("kafka.log", "kafka.log.1", "postgres.log", "postgres.log.1", *_FILES):
+    for name in _FILES:
         (directory.path / name).unlink(missing_ok=True)
 
 
 def _open(
     directory: StateDirectory, kafka: KafkaOptions, postgres: PostgresOptions, watcher: Watcher | None
 ) -> Services:
-    """The two services with what is remembered of them; with a watcher everything they need to start is at hand."""
+    """The services with what is remembered of them; with a watcher everything they need to start is at hand."""
     state = directory.load()
+    state.kafka = as_many_as(kafka.brokers, state.kafka, directory.path)
     lock = threading.Lock()
 
     def changed() -> None:
-        # The broker and the database start in two threads.
+        # The brokers and the database start and stop in several threads.
         with lock:
             directory.save(state)
 
     user = postgres_programs.unprivileged_user()
     if not state.postgres.home:
         state.postgres.home = str(_postgres_home(directory.path, user))
-    broker = KafkaBroker(
+    brokers = KafkaCluster(
         directory.path,
         state.kafka,
         kafka,
@@ -279,7 +313,7 @@ def _open(
         user=user,
         changed=changed,
     )
-    return Services(directory, state, broker, server)
+    return Services(directory, state, brokers, server)
 
 
 def _jar_files(options: KafkaOptions, watcher: Watcher) -> list[Path]:

@@ -15,14 +15,17 @@ from eoframework.dev.jars import disk_error
 from eoframework.dev.processes import Identity, wait_until
 from eoframework.errors import ConfigurationError, Unreachable
 
-_VERSION = 1
+_VERSION = 2
+_ONE_BROKER = 1
+"""The version before, whose `kafka` was one broker instead of a list."""
 _LOCK_PATIENCE = 180.0
 
 
 @dataclass(kw_only=True)
 class KafkaState:
-    """The broker: `process` is None when it was stopped on purpose."""
+    """One broker: `process` is None when it was stopped on purpose."""
 
+    node_id: int = 1
     cluster_id: str = ""
     port: int | None = None
     controller_port: int | None = None
@@ -44,9 +47,9 @@ class PostgresState:
 
 @dataclass(kw_only=True)
 class State:
-    """Both services, and the process they live and die with (None: they stay until `eo dev down`)."""
+    """All services, and the process they live and die with (None: they stay until `eo dev down`)."""
 
-    kafka: KafkaState
+    kafka: list[KafkaState]
     postgres: PostgresState
     owner: Identity | None = None
 
@@ -76,13 +79,14 @@ class StateDirectory:
         try:
             content = json.loads(self.file.read_text())
         except FileNotFoundError:
-            return State(kafka=KafkaState(), postgres=PostgresState())
+            return State(kafka=[], postgres=PostgresState())
         except ValueError as error:
             raise self._unreadable("it is no JSON") from error
-        if not isinstance(content, dict) or content.get("version") != _VERSION:
+        if not isinstance(content, dict) or content.get("version") not in (_VERSION, _ONE_BROKER):
             raise self._unreadable("it was written by another version of eoframework")
+        brokers = [content["kafka"]] if content["version"] == _ONE_BROKER else content["kafka"]
         return State(
-            kafka=_read(KafkaState, content["kafka"]),
+            kafka=[_read(KafkaState, broker) for broker in brokers],
             postgres=_read(PostgresState, content["postgres"]),
             owner=_identity(content["owner"]),
         )

@@ -116,11 +116,11 @@ def test_full_disk_is_one_sentence_and_keeps_the_old_state(tmp_path: Path) -> No
     """The kernel's own ENOSPC, from /dev/full under the name of the temporary file."""
     directory = StateDirectory(tmp_path)
     directory.prepare()
-    directory.save(State(kafka=KafkaState(port=1), postgres=PostgresState()))
+    directory.save(State(kafka=[KafkaState(port=1)], postgres=PostgresState()))
     temporary = directory.temporary
     temporary.symlink_to("/dev/full")
     with pytest.raises(ConfigurationError, match="is full") as caught:
-        directory.save(State(kafka=KafkaState(port=2), postgres=PostgresState()))
+        directory.save(State(kafka=[KafkaState(port=2)], postgres=PostgresState()))
     assert "Free" in caught.value.remedy
-    assert directory.load().kafka.port == 1
+    assert directory.load().kafka[0].port == 1
     assert not temporary.is_symlink()

@@ -187,7 +187,7 @@ def test_dead_broker_is_told_and_started_again(state_dir: Path) -> None:
     assert json.loads(out)["postgres"]["state"] == "running"
 
     state = json.loads((state_dir / "state.json").read_text())
-    state["kafka"]["process"]["pid"] = os.getpid()
+    state["kafka"][0]["process"]["pid"] = os.getpid()
     (state_dir / "state.json").write_text(json.dumps(state))
     with dev.start(state_dir) as again:
         assert not again.found_running
