@@ -118,7 +118,7 @@ class ConsumeWorker:
         offsets = self._admin.group_offsets(self._handler.group, topic.name)
         around = Surroundings(self._admin.cluster_id(), topic.id, topic.partitions, offsets)
         start = Start(self._handler, positions, self._admin, adopt_offsets=self._adopt_offsets)
-        declared = {handler.group for handler in self._app.handlers}
+        declared = self._app.groups
         with self._connection.begin(f"{self._handler.group}: register") as connection:
             return start.register(connection, around, app=self._app.name, declared=declared)
 

@@ -149,6 +149,18 @@ class Admin:
         """How many brokers answer for the cluster now."""
         return len(self._ask_cluster(_TIMEOUT, None).nodes)
 
+    def broker_config(self, name: str) -> str | None:
+        """A setting of the brokers, as one of them has it; None when this principal may not read it."""
+        node = self._ask_cluster(_TIMEOUT, None).nodes[0]
+        resource = ConfigResource(ResourceType.BROKER, str(node.id))
+        future = self._client.describe_configs([resource], request_timeout=_TIMEOUT)[resource]
+        try:
+            entries = self._result(future, f"reading the brokers' {name}")
+        except NotAuthorized as error:
+            _log.debug("%s: %s", name, error)
+            return None
+        return str(entries[name].value) if name in entries else None
+
     def describe(self, topic: str, *, settings_optional: bool = False) -> TopicInfo:
         """The topic as it is. Raises UnknownTopic, NotAuthorized.
 

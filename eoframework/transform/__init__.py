@@ -1,0 +1,1 @@
+"""Kafka to Kafka, in one Kafka transaction with the group's offsets."""

@@ -1,0 +1,121 @@
+"""Where a transform begins in a partition: at the group's offset, or, once, where its first start says.
+
+The group's offsets are the truth. They can be lost (they expire with an idle group, tools delete them); the database
+remembers that they were there, and then going on would mean to guess.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Mapping
+from typing import Protocol
+from uuid import UUID
+
+from eoframework.db.position import Positions, Stream
+from eoframework.db.session import Database
+from eoframework.db.transform_starts import PlannedStart, TransformStarts
+from eoframework.errors import FailClosed
+from eoframework.identity import deleted_topic, other_cluster, refuse_renamed, topic_recreated
+from eoframework.kafka.admin import TopicInfo, UnknownTopic
+from eoframework.transforms import Transform
+
+log = logging.getLogger(__name__)
+
+
+class Cluster(Protocol):
+    """What is asked of Kafka."""
+
+    def cluster_id(self) -> str: ...
+    def describe(self, topic: str) -> TopicInfo: ...
+    def ask_topic_id(self, topic: str) -> Callable[[], UUID]: ...
+    def group_offsets(self, group: str, topic: str) -> Mapping[int, tuple[int, str]]: ...
+    def watermarks(self, topic: str, partition: int) -> tuple[int, int]: ...
+
+
+class Beginning:
+    """One transform's rows in the database; each call is one transaction."""
+
+    def __init__(self, transform: Transform, database: Database, cluster: Cluster) -> None:
+        self._transform = transform
+        self._database = database
+        self._cluster = cluster
+        self._positions = Positions(database.schema)
+        self._starts = TransformStarts(database.schema)
+
+    def register(self, *, app: str, declared: Collection[str]) -> Stream:
+        """The transform's stream; at its first start, where it begins is stored for all partitions at once.
+
+        Raises ConfigurationError (a rename), FailClosed (another cluster, a re-created topic).
+        """
+        group, topic = self._transform.group, self._transform.topic.name
+        info, cluster_id = self._cluster.describe(topic), self._cluster.cluster_id()
+        with self._database.brief(f"{group}: register") as connection:
+            siblings = self._positions.siblings(connection, app=app, topic=topic)
+            refuse_renamed(group, where=self._transform.where, app=app, topic=topic, known=siblings, declared=declared)
+            # The consumer's row stays locked: first starts of several workers come one after another.
+            number = self._positions.register(connection, name=group, topic=topic)
+            stream = Stream(number, group, topic, info.id, cluster_id)
+            known = self._starts.known(connection, consumer_id=number, topic=topic)
+            self._refuse_moved(stream, known)
+            if not known:
+                self._starts.plan(connection, stream, self._first_offsets(info.partitions))
+        return stream
+
+    def missing(self, stream: Stream, partitions: Collection[int]) -> dict[int, int]:
+        """Where partitions begin in which the group has no offset. Raises FailClosed if it once had one."""
+        with self._database.brief(f"{stream.consumer}: where it begins") as connection:
+            rows = self._starts.known(connection, consumer_id=stream.consumer_id, topic=stream.topic)
+            known = {row.partition: row for row in rows if row.topic_id == stream.topic_id}
+            lost = sorted(p for p in partitions if p in known and known[p].begun)
+            if lost:
+                raise self._lost(stream, lost)
+            # A partition that appeared after the first start begins at 0, whatever `start` says: its first messages
+            # would be skipped otherwise.
+            self._starts.plan(connection, stream, {p: 0 for p in partitions if p not in known})
+        return {p: known[p].offset if p in known else 0 for p in partitions}
+
+    def begun(self, stream: Stream, partitions: Collection[int]) -> None:
+        """The group has offsets there: missing ones are lost from now on."""
+        with self._database.brief(f"{stream.consumer}: it has begun") as connection:
+            self._starts.begun(connection, stream, sorted(partitions))
+
+    def ask_topic(self, stream: Stream) -> Callable[[], None]:
+        """Ask now whether the topic is the one it was; calling what is returned takes the answer, or stops."""
+        answer = self._cluster.ask_topic_id(stream.topic)
+
+        def same() -> None:
+            try:
+                found = answer()
+            except UnknownTopic as error:
+                raise deleted_topic(stream.consumer, stream.topic) from error
+            if found != stream.topic_id:
+                raise topic_recreated(stream.consumer, stream.topic, stream.topic_id, found)
+
+        return same
+
+    def _first_offsets(self, partitions: int) -> dict[int, int]:
+        group, topic = self._transform.group, self._transform.topic.name
+        there = self._cluster.group_offsets(group, topic)
+        offsets = {}
+        for partition in range(partitions):
+            low, high = self._cluster.watermarks(topic, partition)
+            offsets[partition] = high if self._transform.start == "latest" else low
+        shown = {p: there[p][0] if p in there else offset for p, offset in offsets.items()}
+        log.info("%s: first start on %s, beginning at offsets %s by partition", group, topic, shown)
+        return offsets
+
+    def _refuse_moved(self, stream: Stream, known: Collection[PlannedStart]) -> None:
+        for row in known:
+            if row.cluster_id != stream.cluster_id:
+                raise other_cluster(stream.consumer, stream.topic, stored=row.cluster_id, now=stream.cluster_id)
+            if row.topic_id != stream.topic_id:
+                raise topic_recreated(stream.consumer, stream.topic, row.topic_id, stream.topic_id)
+
+    def _lost(self, stream: Stream, partitions: list[int]) -> FailClosed:
+        return FailClosed(
+            f"{stream.consumer}: group {stream.consumer!r} has no offsets any more in {stream.topic}, partitions "
+            f"{', '.join(map(str, partitions))}: they expired or were deleted. To begin anew would send again what was "
+            "sent.",
+            remedy="Set them where it is to go on (kafka-consumer-groups --reset-offsets). To send everything again: "
+            f"eo position forget {stream.consumer}",
+        )

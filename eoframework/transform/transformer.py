@@ -1,0 +1,320 @@
+"""The life of one batch: transformed, produced, and committed in one Kafka transaction with the group's offsets.
+
+    records ──> function ──> outputs ──> begin, produce ──> group's offsets ──> commit
+                   │ fails                     │ anything but a confirmed commit
+                   └─> held, or dead letter    └─> not committed: new producer, offsets read again (worker.py)
+
+A transform has no effects but what it sends, so a message that fails needs no rollback: nothing is sent for it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from eoframework import clock, events
+from eoframework.errors import (
+    Abortable,
+    BatchItemFailed,
+    DecodeError,
+    EoError,
+    FailClosed,
+    Fenced,
+    ProcessDied,
+    RestartNeeded,
+    Retryable,
+)
+from eoframework.kafka.membership import Membership
+from eoframework.kafka.producer import Outgoing, Rejected
+from eoframework.kafka.transaction import TransactionalProducer
+from eoframework.message import Message, Record
+from eoframework.retry import Retry
+from eoframework.transform.failure import Failures, Held, after
+from eoframework.transform.mark import Mark, Stand
+from eoframework.transform.outputs import Outputs
+from eoframework.transforms import Transform
+
+log = logging.getLogger(__name__)
+
+# So many messages are transformed before their outputs are sent, and the next ones while Kafka takes those.
+_CHUNK = 500
+_FRESH = Mark()
+
+Result = tuple[Record, list[Outgoing] | Exception]
+"""What is to be sent for a message, or why it failed."""
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What became of a batch. Whatever is not in `stands` did not happen and is fetched again."""
+
+    stands: dict[int, Stand] = field(default_factory=dict)
+    """Committed: where the group stands now."""
+    held: dict[int, Held] = field(default_factory=dict)
+    """Partitions that wait for a message."""
+    trouble: Exception | None = None
+    """The last transaction was not confirmed: whether it happened is to be read from the group's offsets."""
+
+
+@dataclass(slots=True)
+class _Work:
+    """One Kafka transaction under way."""
+
+    stands: dict[int, Stand] = field(default_factory=dict)
+    held: dict[int, Held] = field(default_factory=dict)
+    records: int = 0
+    done: int = 0
+    last: Record | None = None
+    begun: bool = False
+
+
+class Transformer:
+    """Runs the messages of one transform, for one thread."""
+
+    def __init__(
+        self,
+        transform: Transform,
+        producer: TransactionalProducer,
+        outputs: Outputs,
+        failures: Failures,
+        *,
+        size: int,
+        interval: float,
+        stopping: Callable[[], bool],
+    ) -> None:
+        """A transaction has at most `size` messages, and is committed after `interval` seconds."""
+        self._transform = transform
+        self._topic = transform.topic
+        self._producer = producer
+        self._outputs = outputs
+        self._failures = failures
+        self._size = size
+        self._chunk = min(transform.max_batch or _CHUNK, size)
+        self._interval = interval
+        self._stopping = stopping
+        self._doomed: dict[tuple[int, int], EoError] = {}
+        """Messages known to fail: the function is not called for them."""
+
+    def run(
+        self,
+        records: Sequence[Record],
+        membership: Membership,
+        stands: Mapping[int, Stand],
+        *,
+        deadline: float,
+        confirm: Callable[[], None],
+        singly: bool = False,
+    ) -> Outcome:
+        """Transform and commit `records`, in as many Kafka transactions as size and interval make of them.
+
+        On a crash: what was sent is visible to read_committed readers exactly if the offsets moved past what it was
+        made of. deadline: on the monotonic clock; what is left then is fetched again. confirm: called before each
+        transaction's offsets are sent; raises if the topic is no longer the one it was. singly: one message a
+        transaction, counted beforehand: one of them may be deadly. Raises FailClosed.
+        """
+        outcome = Outcome(dict(stands))
+        left = deque(records)
+        try:
+            while left and not (self._stopping() or clock.monotonic() > deadline):
+                if singly:
+                    self._count_alone(left[0], membership, outcome)
+                self._transaction(left, membership, outcome, confirm, size=1 if singly else self._size)
+        except (Retryable, Abortable, Fenced, RestartNeeded) as trouble:
+            self._producer.abort()
+            outcome.trouble = trouble
+        except BaseException:
+            self._producer.abort()
+            raise
+        return outcome
+
+    def move(self, stands: Mapping[int, Stand], membership: Membership) -> None:
+        """Commit these offsets and marks, without any output; raises what the Kafka transaction raises."""
+        self._producer.make_ready()
+        try:
+            self._producer.begin()
+            self._commit(stands, membership)
+        except BaseException:
+            self._producer.abort()
+            raise
+
+    # --- one transaction ---
+
+    def _transaction(
+        self, left: deque[Record], membership: Membership, outcome: Outcome, confirm: Callable[[], None], *, size: int
+    ) -> None:
+        """Take what fits into one Kafka transaction from `left`, and commit it."""
+        due = clock.monotonic() + self._interval
+        work = _Work()
+        self._failures.begin()
+        self._producer.make_ready()
+        try:
+            while left and (work.records == 0 or (work.records < size and clock.monotonic() < due)):
+                self._send(self._handle(left, outcome, min(self._chunk, size), due), work, outcome)
+            self._end(work, membership, outcome, confirm)
+        except Rejected as rejected:
+            self._refused(rejected, work, left)
+
+    def _send(self, results: Iterable[Result], work: _Work, outcome: Outcome) -> None:
+        sending: list[Outgoing] = []
+        for record, result in results:
+            if record.partition in work.held or record.partition in outcome.held:
+                continue
+            work.records += 1
+            work.last = record
+            if isinstance(result, Exception):
+                sending += self._failed(record, result, work, outcome)
+            else:
+                sending += result
+                work.done += 1
+                work.stands[record.partition] = Stand(record.offset + 1, _FRESH)
+        events.emit("transform.handled", records=work.records)
+        if sending:
+            self._begin(work)
+            self._producer.send(sending)
+
+    def _end(self, work: _Work, membership: Membership, outcome: Outcome, confirm: Callable[[], None]) -> None:
+        if not work.stands:
+            return
+        self._begin(work)
+        events.emit("transform.produced", records=work.records)
+        confirm()
+        self._commit(work.stands, membership)
+        outcome.stands |= work.stands
+        outcome.held |= work.held
+        self._doomed.clear()
+        self._failures.done(work.done)
+        events.emit("transform.committed", records=work.records)
+
+    def _begin(self, work: _Work) -> None:
+        if not work.begun:
+            self._producer.begin()
+            work.begun = True
+
+    def _commit(self, stands: Mapping[int, Stand], membership: Membership) -> None:
+        offsets = {partition: (stand.offset, stand.mark.encode()) for partition, stand in stands.items()}
+        self._producer.send_offsets(self._topic.name, offsets, membership)
+        self._producer.commit()
+
+    # --- the function ---
+
+    def _handle(self, left: deque[Record], outcome: Outcome, most: int, due: float) -> list[Result]:
+        """The function's results for the next messages, in their order."""
+        if self._transform.batch:
+            return self._handle_list([left.popleft() for _ in range(min(most, len(left)))], outcome)
+        results: list[Result] = []
+        while left and len(results) < most and (not results or clock.monotonic() < due):
+            record = left.popleft()
+            results.append((record, self._handle_one(record, outcome)))
+        return results
+
+    def _handle_one(self, record: Record, outcome: Outcome) -> list[Outgoing] | Exception:
+        try:
+            return self._outputs.of(record, self._transform.call(self._message(record, outcome)))
+        except Exception as error:  # noqa: BLE001 - whatever the function raises is this message's failure
+            return error
+
+    def _handle_list(self, records: list[Record], outcome: Outcome) -> list[Result]:
+        results: dict[int, list[Outgoing] | Exception] = {}
+        readable: list[tuple[int, Message[Any]]] = []
+        for index, record in enumerate(records):
+            try:
+                readable.append((index, self._message(record, outcome)))
+            except EoError as error:
+                results[index] = error
+        self._call_list(records, readable, results)
+        return [(record, results[index]) for index, record in enumerate(records)]
+
+    def _call_list(
+        self,
+        records: list[Record],
+        messages: list[tuple[int, Message[Any]]],
+        results: dict[int, list[Outgoing] | Exception],
+    ) -> None:
+        """Call the function; a list on which it fails is halved until the culprit is alone."""
+        if not messages:
+            return
+        try:
+            returned = self._transform.call_batch([message for _, message in messages])
+            made = [self._outputs.of(records[i], one) for (i, _), one in zip(messages, returned, strict=True)]
+        except Exception as error:  # noqa: BLE001 - as above
+            for part in self._suspects(messages, error, results):
+                self._call_list(records, part, results)
+            return
+        results.update(zip((index for index, _ in messages), made, strict=True))
+
+    def _suspects(
+        self,
+        messages: list[tuple[int, Message[Any]]],
+        error: Exception,
+        results: dict[int, list[Outgoing] | Exception],
+    ) -> list[list[tuple[int, Message[Any]]]]:
+        """What to call the function with next; a message that failed by itself, or was named, is none of it."""
+        named = error.index if isinstance(error, BatchItemFailed) else 0 if len(messages) == 1 else None
+        if named is not None and 0 <= named < len(messages):
+            cause = error.__cause__ if isinstance(error, BatchItemFailed) else None
+            results[messages[named][0]] = cause if isinstance(cause, Exception) else error
+            return [messages[:named] + messages[named + 1 :]]
+        half = len(messages) // 2
+        return [messages[:half], messages[half:]] if half else [messages]
+
+    def _message(self, record: Record, outcome: Outcome) -> Message[Any]:
+        if self._doomed and (known := self._doomed.get(_place(record))) is not None:
+            raise known
+        if record.unreadable:
+            raise DecodeError(f"{record}: {record.unreadable}.")
+        message = self._topic.decode(record)
+        attempts = outcome.stands[record.partition].at(record.offset).attempts
+        return replace(message, attempt=attempts + 1) if attempts else message
+
+    # --- failures ---
+
+    def _failed(self, record: Record, error: Exception, work: _Work, outcome: Outcome) -> list[Outgoing]:
+        """Hold its partition, or give it up; returns its dead letter then."""
+        stand = work.stands.get(record.partition) or outcome.stands[record.partition]
+        mark = stand.at(record.offset)
+        verdict = self._failures.judge(record, mark, error)
+        if isinstance(verdict, Held):
+            work.held[record.partition] = verdict
+            work.stands[record.partition] = Stand(record.offset, after(verdict, mark))
+            return []
+        letter = self._failures.bury(record, mark, error, verdict)
+        work.stands[record.partition] = Stand(record.offset + 1, Mark(deaths=mark.deaths + 1))
+        return [letter]
+
+    def _refused(self, rejected: Rejected, work: _Work, left: deque[Record]) -> None:
+        """Kafka refuses something of this transaction, which was not committed.
+
+        That proves nothing about any message of it: the worker comes again with fewer, until one is alone.
+        """
+        self._producer.abort()
+        if rejected.topic_trouble:
+            raise Retryable(f"{rejected.what} Its topics must exist, and be permitted to it.")
+        if work.records > 1:
+            raise Retryable(f"Kafka refuses something among the outputs of {work.records} messages: {rejected.what}")
+        assert work.last is not None
+        if _place(work.last) in self._doomed:
+            raise FailClosed(
+                f"{self._transform.group} at {work.last}: Kafka refuses its dead letter too: {rejected.what}",
+                remedy=f"Raise max.message.bytes of {self._transform.dead_letter_topic}; nothing was skipped.",
+            )
+        self._doomed[_place(work.last)] = rejected
+        left.appendleft(work.last)
+
+    def _count_alone(self, record: Record, membership: Membership, outcome: Outcome) -> None:
+        """Write down, before it runs, that this message is in flight: if it ends the process, nobody can any more."""
+        stand = outcome.stands[record.partition]
+        mark = stand.at(record.offset)
+        if mark.crashes >= (self._transform.policy.retry or Retry()).crashes:
+            died = ProcessDied(f"{record} was in flight {mark.crashes} times when its process died.")
+            self._doomed[_place(record)] = died
+            return
+        charged = Stand(record.offset, replace(mark, crashes=mark.crashes + 1, takeovers=stand.mark.takeovers))
+        self.move({record.partition: charged}, membership)
+        outcome.stands[record.partition] = charged
+
+
+def _place(record: Record) -> tuple[int, int]:
+    return record.partition, record.offset

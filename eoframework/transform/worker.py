@@ -1,0 +1,338 @@
+"""One transform's thread: fetch a batch, have it transformed and committed, and stand where the group's offsets say.
+
+The rule for every doubt: the producer is replaced, which ends whatever its last transaction left open; then the group's
+committed offsets say what happened, and the partitions begin there.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+import threading
+import uuid
+from collections.abc import Iterable
+
+from eoframework import clock, events
+from eoframework.app import App
+from eoframework.errors import Fenced, HandlerFailed, RestartNeeded, Retryable
+from eoframework.kafka.admin import Admin
+from eoframework.kafka.config import consumer_config, transform_config
+from eoframework.kafka.consumer import GroupConsumer
+from eoframework.kafka.membership import Membership
+from eoframework.kafka.offsets import OutOfRange
+from eoframework.kafka.transaction import TransactionalProducer
+from eoframework.lifecycle import Backoff
+from eoframework.message import Record
+from eoframework.settings import Settings
+from eoframework.transform.failure import Failures, Held
+from eoframework.transform.ladder import check_ladder
+from eoframework.transform.mark import Mark, Stand
+from eoframework.transform.outputs import Outputs
+from eoframework.transform.start import Beginning
+from eoframework.transform.takeover import Suspicion
+from eoframework.transform.transformer import Outcome, Transformer
+from eoframework.transforms import Transform
+
+log = logging.getLogger(__name__)
+
+_CHECK_SECONDS = 5.0
+_SHORT = 0.1
+_LONGEST_BACKOFF = 5.0
+_REQUEST_SHARE = 0.97
+"""A request carries more than its records; the limit of a topic counts that too."""
+_TWINS = 3
+"""So often in a row another producer has to fence ours before its process is taken for a twin of this one."""
+
+
+class TransformWorker:
+    """Runs one transform until told to stop; see lifecycle.Worker for who calls what."""
+
+    def __init__(
+        self,
+        transform: Transform,
+        *,
+        app: App,
+        settings: Settings,
+        admin: Admin,
+        stop: threading.Event | None = None,
+        once: bool = False,
+    ) -> None:
+        """`stop` ends a batch in flight after the transaction under way; `once` makes `drained` possible."""
+        self.name = f"transform {transform.group}"
+        self._transform = transform
+        self._app = app
+        self._settings = settings
+        self._admin = admin
+        self._once = once
+        self._draining = stop or threading.Event()
+        self._largest = self._limit = settings.transform_batch
+        self._stands: dict[int, Stand] = {}
+        """Where the group stands in the partitions that are ours and known."""
+        self._waiting: set[int] = set()
+        """Partitions that are ours, and where the group stands is to be read."""
+        self._blocked: dict[int, Held] = {}
+        self._retry_at: dict[int, float] = {}
+        self._suspicion = Suspicion(careful_for=self._largest)
+        self._pause = Backoff(longest=_LONGEST_BACKOFF)
+        self._next_check = 0.0
+        self._fenced = 0
+        self._consumer: GroupConsumer | None = None
+        self._producer: TransactionalProducer | None = None
+
+    # --- lifecycle ---
+
+    def start(self) -> None:
+        """Check the timeouts, register the transform, refuse what would be a guess, and join the group."""
+        settings, transform = self._settings, self._transform
+        check_ladder(settings, self._admin)
+        self._beginning = Beginning(transform, self._app.database, self._admin)
+        self._stream = self._beginning.register(app=self._app.name, declared=self._app.groups)
+        smallest = self._smallest_limit()
+        client_id = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
+        name = f"eo.transform.{transform.group}.{settings.instance or uuid.uuid4()}"
+        config = transform_config(settings, transactional_id=name, client_id=name)
+        self._producer = TransactionalProducer(config, stopping=self._overdue)
+        if smallest is not None:
+            self._producer.limit_request(int(smallest * _REQUEST_SHARE))
+        self._transformer = Transformer(
+            transform,
+            self._producer,
+            Outputs(transform, self._stream, source=self._app.name),
+            Failures(transform, text=settings.failure_text),
+            size=settings.transform_batch,
+            interval=settings.transform_interval,
+            stopping=self._draining.is_set,
+        )
+        members = consumer_config(settings, group=transform.group, client_id=client_id)
+        members["enable.partition.eof"] = self._once
+        self._consumer = GroupConsumer(
+            members, transform.topic.name, on_assigned=self._assigned, on_revoked=self._revoked
+        )
+
+    def drained(self) -> bool:
+        """Every partition assigned to us has been read to its end, and waits for nothing."""
+        if self._consumer is None or self._waiting or self._retry_at:
+            return False
+        return bool(self._stands) and self._stands.keys() <= self._consumer.ended.keys() | self._blocked.keys()
+
+    def close(self) -> None:
+        """Leave the group and end the producer; nothing is in flight."""
+        consumer, self._consumer = self._consumer, None
+        producer, self._producer = self._producer, None
+        if consumer is not None:
+            consumer.close({})
+        if producer is not None:
+            producer.close()
+
+    # --- one step ---
+
+    def step(self) -> float:
+        """Begin partitions that wait for it, fetch a batch, transform and commit it."""
+        consumer = self._member()
+        self._settle(consumer)
+        self._retry_waiting(consumer)
+        records = self._fetch(consumer)
+        records = [record for record in records if record.partition in self._stands]
+        if records:
+            self._run(consumer, records)
+        self._keep_house()
+        return 0.0
+
+    def _fetch(self, consumer: GroupConsumer) -> list[Record]:
+        patience = _SHORT if self._waiting or self._retry_at else self._settings.max_wait
+        try:
+            return consumer.fetch(self._limit, patience, linger=self._settings.transform_interval)
+        except OutOfRange:
+            # A topic that was re-created is out of range until it has grown, and has another remedy.
+            self._beginning.ask_topic(self._stream)()
+            raise
+
+    def _run(self, consumer: GroupConsumer, records: list[Record]) -> None:
+        deadline = clock.monotonic() + self._settings.max_poll_interval / 3
+        touched = {record.partition for record in records}
+        try:
+            # Now, and not when the offsets are sent: if the group throws us out in between, this is what the broker
+            # refuses. Then it would be the metadata of a stranger, which it accepts unchecked.
+            membership = consumer.membership()
+            self._note_takeovers(touched, membership)
+        except (Retryable, Fenced, RestartNeeded) as trouble:
+            self._doubt(consumer, trouble, records)
+            return
+        alone = self._suspicion.careful(touched)
+        same = self._beginning.ask_topic(self._stream)
+        outcome = Outcome(dict(self._stands))
+        for singly in (True, False):
+            part = [record for record in records if (record.partition in alone) == singly]
+            if part and outcome.trouble is None:
+                outcome = self._transformer.run(
+                    part, membership, outcome.stands, deadline=deadline, confirm=same, singly=singly
+                )
+                self._apply(consumer, outcome, part)
+
+    def _note_takeovers(self, touched: Iterable[int], membership: Membership) -> None:
+        notes = self._suspicion.to_note(self._stands, set(touched))
+        if notes:
+            self._transformer.move(notes, membership)
+            self._suspicion.noted(notes)
+            self._stands |= notes
+
+    # --- outcomes ---
+
+    def _apply(self, consumer: GroupConsumer, outcome: Outcome, records: list[Record]) -> None:
+        """Follow what was committed; fetch again what was not."""
+        if outcome.trouble is not None:
+            self._doubt(consumer, outcome.trouble, records)
+            return
+        ends = {record.partition: record.offset + 1 for record in records}
+        for partition, end in ends.items():
+            stand, before = outcome.stands[partition], self._stands[partition]
+            ran = sum(r.partition == partition and r.offset < stand.offset for r in records)
+            self._suspicion.survived(partition, ran)
+            self._stands[partition] = stand
+            if stand.offset != before.offset:
+                self._blocked.pop(partition, None)
+            if stand.offset != end and partition not in outcome.held:
+                consumer.rewind({partition: stand.offset})
+        self._pause.reset()
+        self._fenced = 0
+        self._limit = min(self._largest, self._limit * 2)
+        for held in outcome.held.values():
+            self._hold(consumer, held)
+
+    def _doubt(self, consumer: GroupConsumer, trouble: Exception, records: list[Record]) -> None:
+        """Not confirmed is not committed, until the group's offsets say otherwise: all partitions wait for that."""
+        self._limit = max(1, len(records) // 2)
+        self._refuse_twin(trouble)
+        log.warning(
+            "%s: %s The transaction was given up; where the group stands is read anew, nothing is lost or sent twice",
+            self.name,
+            trouble,
+        )
+        events.emit("transform.given_way", error=trouble)
+        consumer.pause(self._stands)
+        self._waiting |= self._stands.keys()
+        self._stands.clear()
+        self._retry_at.clear()
+        clock.wait(self._draining, self._pause.next())
+
+    def _refuse_twin(self, trouble: Exception) -> None:
+        # A transaction that lasted too long is fenced by Kafka itself; a twin does it again and again.
+        self._fenced = self._fenced + 1 if isinstance(trouble, Fenced) else 0
+        if self._fenced >= _TWINS and self._settings.instance is not None:
+            raise RestartNeeded(
+                f"{self.name}: fenced {_TWINS} times in a row: another process runs with "
+                f"EO_INSTANCE={self._settings.instance}.",
+                remedy="Give each worker a name of its own, or none.",
+            )
+
+    def _hold(self, consumer: GroupConsumer, held: Held) -> None:
+        """The partition pauses and the polling goes on, so that the group does not think this member is dead."""
+        partition = held.record.partition
+        self._blocked[partition] = held
+        consumer.pause([partition])
+        if held.retry_in is not None:
+            self._retry_at[partition] = clock.monotonic() + held.retry_in
+            return
+        text = f": {held.error}" if self._settings.failure_text else ""
+        error = HandlerFailed(
+            f"{self._transform.group} failed at {held.record}: {type(held.error).__name__}{text}.",
+            remedy="Everything before it is committed; it and what follows in its partition wait. Mend the transform "
+            "or the data and start again.",
+        )
+        cause = held.error if self._settings.failure_text else None
+        if self._settings.on_failure == "stop":
+            raise error from cause
+        log.error("%s Its partition is paused; the others go on", error, exc_info=cause)
+
+    def _retry_waiting(self, consumer: GroupConsumer) -> None:
+        now = clock.monotonic()
+        for partition in [p for p, when in self._retry_at.items() if when <= now]:
+            del self._retry_at[partition]
+            if partition in self._stands:
+                consumer.start(partition, self._stands[partition].offset)
+
+    # --- which partitions, and where they stand ---
+
+    def _assigned(self, partitions: list[int]) -> dict[int, int | None]:
+        # Paused: what a predecessor has in flight is waited for, and a callback is no place to wait.
+        self._waiting |= set(partitions)
+        return dict.fromkeys(partitions)
+
+    def _revoked(self, partitions: list[int]) -> None:
+        # No transaction is open: callbacks run inside fetch, and each step ends its transactions before the next fetch.
+        for partition in partitions:
+            self._waiting.discard(partition)
+            self._stands.pop(partition, None)
+            self._blocked.pop(partition, None)
+            self._retry_at.pop(partition, None)
+            self._suspicion.gone(partition)
+
+    def _settle(self, consumer: GroupConsumer) -> None:
+        """Begin the waiting partitions where the group stands."""
+        waiting = sorted(self._waiting & consumer.assigned())
+        if not waiting:
+            return
+        try:
+            # In this order: the new producer ends what the last one left open, and only then do the offsets tell.
+            self._ready().make_ready()
+            found = consumer.committed(waiting)
+            missing = [partition for partition in waiting if found[partition] is None]
+            if missing:
+                self._begin(missing, consumer.membership())
+                return
+            self._beginning.begun(self._stream, waiting)
+        except (Retryable, Fenced, RestartNeeded) as trouble:
+            log.info("%s: %s Partitions %s wait; nothing is lost", self.name, trouble, waiting)
+            clock.wait(self._draining, self._pause.next())
+            return
+        for partition, at in found.items():
+            assert at is not None
+            self._start(consumer, partition, Stand(at[0], Mark.decode(at[1])))
+        events.emit("transform.claimed", partitions=waiting)
+
+    def _begin(self, missing: list[int], membership: Membership) -> None:
+        """Commit the first offsets of these partitions, as a member: a successor's cannot be moved back by us."""
+        first = self._beginning.missing(self._stream, missing)
+        self._transformer.move({p: Stand(offset, Mark()) for p, offset in first.items()}, membership)
+
+    def _start(self, consumer: GroupConsumer, partition: int, stand: Stand) -> None:
+        self._waiting.discard(partition)
+        self._stands[partition] = stand
+        self._suspicion.took_over(partition, stand)
+        consumer.start(partition, stand.offset)
+
+    # --- now and then ---
+
+    def _keep_house(self) -> None:
+        now = clock.monotonic()
+        if now >= self._next_check:
+            self._next_check = now + _CHECK_SECONDS
+            try:
+                self._beginning.ask_topic(self._stream)()
+            except Retryable as trouble:
+                log.info("%s: topic not checked: %s It is checked again soon", self.name, trouble)
+
+    def _smallest_limit(self) -> int | None:
+        """The smallest size of a request that all target topics take, in bytes; None if nobody tells."""
+        names = {topic.name for topic in self._transform.targets} | {self._transform.dead_letter_topic} - {None}
+        told = [
+            info.config["max.message.bytes"]
+            for name in sorted(str(name) for name in names)
+            if "max.message.bytes" in (info := self._admin.describe(name, settings_optional=True)).config
+        ]
+        return min(map(int, told), default=None)
+
+    def _overdue(self) -> bool:
+        return False
+
+    def _member(self) -> GroupConsumer:
+        if self._consumer is None:
+            raise AssertionError(f"{self.name}: step before start")
+        return self._consumer
+
+    def _ready(self) -> TransactionalProducer:
+        if self._producer is None:
+            raise AssertionError(f"{self.name}: step before start")
+        return self._producer
