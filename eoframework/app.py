@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
-from typing import Any, Concatenate, Generic, ParamSpec, overload
+from typing import Any, Unpack, overload
 from uuid import UUID
 
 from sqlalchemy import Engine
@@ -18,64 +18,29 @@ from eoframework.db import publishing
 from eoframework.db.outbox import Outbox
 from eoframework.db.publishing import PublishTarget
 from eoframework.db.session import Database, open_database
+from eoframework.decorators import BatchHandlerDecorator, HandlerDecorator, TransformDecorator, TransformOptions
 from eoframework.errors import ConfigurationError, DeclarationError
 from eoframework.external import External
-from eoframework.handlers import Handler, Start, declare
-from eoframework.message import Message
+from eoframework.handlers import Handler, declare
 from eoframework.parts import Part
 from eoframework.retry import AfterDead, Breaker, FailurePolicy, Ordering, Retry
 from eoframework.schema import Schema
 from eoframework.settings import Settings
+from eoframework.signatures import Start
 from eoframework.topic import Topic
 from eoframework.transforms import Transform, declare_transform
 from eoframework.tx import tx_of
 from eoframework.where import declaring_frame, location
 
 T = TypeVar("T")
-P = ParamSpec("P")
-F = TypeVar("F", bound=Callable[..., object])
+R = TypeVar("R")
+S = TypeVar("S")
 
 _NAME = re.compile(r"[a-z0-9._-]{1,100}")
 _RETRY = Retry()
 _BREAKER = Breaker()
 
 _identity = id
-
-
-class HandlerDecorator(Generic[T]):
-    """`@app.handler(topic)`: takes a function of the topic's payload or Message, returns it unchanged."""
-
-    def __init__(self, register: Callable[[Callable[..., object]], None]) -> None:
-        self._register = register
-
-    @overload
-    def __call__(
-        self, function: Callable[Concatenate[Message[T], P], None]
-    ) -> Callable[Concatenate[Message[T], P], None]: ...
-    @overload
-    def __call__(self, function: Callable[Concatenate[T, P], None]) -> Callable[Concatenate[T, P], None]: ...
-    def __call__(self, function: Callable[..., None]) -> Callable[..., None]:
-        self._register(function)
-        return function
-
-
-class BatchHandlerDecorator(Generic[T]):
-    """`@app.batch_handler(topic)`: takes a function of a list of payloads or Messages, returns it unchanged."""
-
-    def __init__(self, register: Callable[[Callable[..., object]], None]) -> None:
-        self._register = register
-
-    @overload
-    def __call__(
-        self, function: Callable[Concatenate[list[Message[T]], P], None]
-    ) -> Callable[Concatenate[list[Message[T]], P], None]: ...
-    @overload
-    def __call__(
-        self, function: Callable[Concatenate[list[T], P], None]
-    ) -> Callable[Concatenate[list[T], P], None]: ...
-    def __call__(self, function: Callable[..., None]) -> Callable[..., None]:
-        self._register(function)
-        return function
 
 
 class App:
@@ -178,6 +143,18 @@ class App:
             lambda f: self._declare(f, topic, policy, name=name, start=start, batch=True, max_batch=max_batch)
         )
 
+    @overload
+    def transform(
+        self, source: Topic[T], *, to: Topic[R], **options: Unpack[TransformOptions]
+    ) -> TransformDecorator[T, R]: ...
+    @overload
+    def transform(
+        self, source: Topic[T], *, to: tuple[Topic[R], Topic[S]], **options: Unpack[TransformOptions]
+    ) -> TransformDecorator[T, R | S]: ...
+    @overload
+    def transform(
+        self, source: Topic[T], *, to: Collection[Topic[Any]], **options: Unpack[TransformOptions]
+    ) -> TransformDecorator[T, Any]: ...
     def transform(
         self,
         source: Topic[T],
@@ -185,37 +162,38 @@ class App:
         to: Topic[Any] | Collection[Topic[Any]],
         name: str | None = None,
         start: Start = "earliest",
-        batch: bool = False,
         max_batch: int | None = None,
         retry: Retry | None = _RETRY,
         breaker: Breaker | None = _BREAKER,
-    ) -> Callable[[F], F]:
-        """Send what the decorated function makes of every message of `source` to other topics."""
+    ) -> TransformDecorator[T, Any]:
+        """Send what the decorated function makes of every message of `source` to other topics.
+
+        On a crash: `read_committed` readers see what it made of a message once, all of it or nothing, in order per key.
+        A message that its producer sent twice counts twice: where that matters use `handler` and `tx.publish`.
+        The function takes `(payload: T)` or `(message: Message[T])` and returns None, a payload, an Out, or several of
+        them (list, tuple, or by `yield`). One that takes `list[T]` or `list[Message[T]]` gets many messages, and
+        returns a list with one such entry for each. It has no effects besides: it may run again.
+        to: the topics it sends to, none of them `source`. A payload goes to the topic that carries its class; Out names
+        one. An output without a key of its own keeps its message's key.
+        name: default the function's; it names the consumer group `<app>.<name>`, whose offsets are the truth.
+        max_batch: at most so many messages in one list. retry: its partition waits while a message is tried again; one
+        that is given up goes to `<group>.dlt`. None stops it there. start, breaker: as for `handler`.
+        Raises DeclarationError with file and line. Source: KIP-98, KIP-447.
+        """
         policy = FailurePolicy(retry, ordering="partition", breaker=breaker)
-
-        def register(function: F) -> F:
-            made = declare_transform(
-                function,
-                source,
-                to=to,
-                app_name=self.name,
-                name=name,
-                batch=batch,
-                max_batch=max_batch,
-                start=start,
-                policy=policy,
-            )
-            self._transforms[made.name] = made
-            for topic in (source, *made.targets):
-                self._topics.setdefault(_identity(topic), topic)
-            return function
-
-        return register
+        return TransformDecorator(
+            lambda f: self._declare_transform(f, source, to, policy, name=name, start=start, max_batch=max_batch)
+        )
 
     @property
     def transforms(self) -> tuple[Transform, ...]:
         """The transforms, in the order of their declaration."""
         return tuple(self._transforms.values())
+
+    @property
+    def groups(self) -> frozenset[str]:
+        """The consumer groups of all that is declared here."""
+        return frozenset([one.group for one in self.handlers] + [one.group for one in self.transforms])
 
     @property
     def handlers(self) -> tuple[Handler, ...]:
@@ -224,13 +202,14 @@ class App:
 
     @property
     def topics(self) -> tuple[Topic[Any], ...]:
-        """Every topic known here: read by a handler, given to the App, published to, or named in one of its modules.
+        """Every topic known here: read or sent to, given to the App, published to, or named in one of its modules.
 
-        The modules are the App's own and those of its handlers; a topic that is only published appears in them by the
+        The modules are the App's own and those of its functions; a topic that is only published appears in them by the
         name it is used by.
         """
         found = dict(self._topics)
-        for module in sorted(self._modules | {handler.function.__module__ for handler in self.handlers}):
+        functions = [one.function for one in self.handlers] + [one.function for one in self.transforms]
+        for module in sorted(self._modules | {function.__module__ for function in functions}):
             for value in list(vars(sys.modules[module]).values()) if module in sys.modules else ():
                 if isinstance(value, Topic):
                     found.setdefault(_identity(value), value)
@@ -330,11 +309,7 @@ class App:
         max_batch: int | None = None,
         external: Sequence[External] = (),
     ) -> None:
-        if not isinstance(topic, Topic):
-            raise DeclarationError(
-                f"{location(declaring_frame())}: {self!r}: {topic!r} is no Topic.",
-                remedy="Write @app.handler(topic) with a Topic.",
-            )
+        self._check_topic(topic, "handler(topic)")
         handler = declare(
             function,
             topic,
@@ -347,12 +322,50 @@ class App:
             external=external,
             names=declaring_frame().f_locals,
         )
-        first = self._handlers.get(handler.name)
-        if first is not None:
-            raise DeclarationError(
-                f"{handler.where}: handler {handler.name!r} is declared a second time (first: {first.where}): both "
-                f"would be the group {handler.group!r}, and each would get only a part of the messages.",
-                remedy="Give one of them another name='...'.",
-            )
+        self._check_name("handler", handler)
         self._handlers[handler.name] = handler
         self._topics.setdefault(_identity(topic), topic)
+
+    def _declare_transform(
+        self,
+        function: Callable[..., object],
+        source: Topic[Any],
+        to: Topic[Any] | Collection[Topic[Any]],
+        policy: FailurePolicy,
+        *,
+        name: str | None,
+        start: Start,
+        max_batch: int | None,
+    ) -> None:
+        self._check_topic(source, "transform(topic, to=...)")
+        made = declare_transform(
+            function,
+            source,
+            to=to,
+            app_name=self.name,
+            name=name,
+            max_batch=max_batch,
+            start=start,
+            policy=policy,
+            names=declaring_frame().f_locals,
+        )
+        self._check_name("transform", made)
+        self._transforms[made.name] = made
+        for topic in (source, *made.targets):
+            self._topics.setdefault(_identity(topic), topic)
+
+    def _check_topic(self, topic: object, usage: str) -> None:
+        if not isinstance(topic, Topic):
+            raise DeclarationError(
+                f"{location(declaring_frame())}: {self!r}: {topic!r} is no Topic.",
+                remedy=f"Write @app.{usage} with a Topic.",
+            )
+
+    def _check_name(self, kind: str, made: Handler | Transform) -> None:
+        first = self._handlers.get(made.name) or self._transforms.get(made.name)
+        if first is not None:
+            raise DeclarationError(
+                f"{made.where}: {kind} {made.name!r} is declared a second time (first: {first.where}): both would be "
+                f"the group {made.group!r}, and each would get only a part of the messages.",
+                remedy="Give one of them another name='...'.",
+            )

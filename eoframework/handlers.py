@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import FunctionType
-from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin
 
-from eoframework.errors import DeclarationError, HandlerMisuse
+from eoframework.errors import HandlerMisuse
 from eoframework.external import External
 from eoframework.message import Message
-from eoframework.payload_types import accepts, unwrap
+from eoframework.payload_types import unwrap
 from eoframework.retry import AfterDead, FailurePolicy, Ordering
+from eoframework.signatures import BATCH_TYPES, Signature, Start, element, shown
 from eoframework.topic import Topic
 from eoframework.tx import Tx
 
-Start = Literal["earliest", "latest"]
-
-# No dot: the group is "<app>.<handler>", and two pairs must not make the same group.
-_NAME = re.compile(r"[a-z0-9_-]{1,100}")
-_BATCH_TYPES = (list, Sequence)
 _POLICY = FailurePolicy()
 
 
@@ -95,22 +89,13 @@ def declare(
 
     Raises DeclarationError with the function's file and line.
     """
-    if not isinstance(function, FunctionType):
-        raise DeclarationError(
-            f"App({app_name!r}): {function!r} is no handler.", remedy="Decorate a function defined with def."
-        )
-    check = _Check(function, topic)
-    check.plain()
-    handler_name = name if name is not None else function.__name__
-    if not _NAME.fullmatch(handler_name):
-        check.refuse(f"the name {handler_name!r}.", "Use 1 to 100 of a-z 0-9 _ - : give name='...'.")
-    if start not in get_args(Start):
-        check.refuse(f"start={start!r}.", "Use 'earliest' or 'latest'.")
-    if max_batch is not None and max_batch < 1:
-        check.refuse(f"max_batch={max_batch}.", "A batch has at least one message.")
+    check = _Check("handler", function, topic, app_name=app_name, names=names or {})
+    check.not_awaited()
+    handler_name = check.name(name)
+    check.options(start=start, max_batch=max_batch, policy=policy)
     check.policy(policy)
     check.external(external, batch=batch, names=names or {})
-    takes_messages, takes_tx = check.signature(batch=batch, names=names or {})
+    takes_messages, takes_tx = check.signature(batch=batch)
     return Handler(
         name=handler_name,
         group=f"{app_name}.{handler_name}",
@@ -127,24 +112,12 @@ def declare(
     )
 
 
-class _Check:
-    """Reads one function's signature; every complaint names the function's place."""
+class _Check(Signature):
+    """What only handlers must be."""
 
-    def __init__(self, function: FunctionType, topic: Topic[Any]) -> None:
-        self._function = function
-        self._topic = topic
-        code = inspect.unwrap(function).__code__
-        self.where = f"{code.co_filename}:{code.co_firstlineno}"
-
-    def refuse(self, what: str, remedy: str, cause: Exception | None = None) -> NoReturn:
-        message = f"{self.where}: handler {self._function.__name__}: {what}"
-        raise DeclarationError(message, remedy=remedy) from cause
-
-    def plain(self) -> None:
-        function = self._function
-        if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
-            self.refuse("it is async.", _NO_ASYNC)
-        if inspect.isgeneratorfunction(function):
+    def not_awaited(self) -> None:
+        self.plain(_NO_ASYNC)
+        if self.yields:
             self.refuse("it is a generator.", "Its body would never run: publish with tx.publish(...), do not yield.")
 
     def policy(self, policy: FailurePolicy) -> None:
@@ -171,69 +144,37 @@ class _Check:
             if one.name in seen:
                 self.refuse(f"two external calls are named {one.name!r}.", "Their results would be one: rename one.")
             seen.add(one.name)
-            one.check(self._topic.payload_type, names)
+            one.check(self.topic.payload_type, names)
 
-    def signature(self, *, batch: bool, names: Mapping[str, Any]) -> tuple[bool, bool]:
+    def signature(self, *, batch: bool) -> tuple[bool, bool]:
         """Whether the function wants Messages, and whether it wants the Tx."""
-        first, *rest = self._parameters()
-        hints = self._hints(names)
+        first, *rest = self.parameters(
+            at_most=2, what="it must take the payload or Message, and after it at most `tx: Tx`.", remedy=_SHAPES
+        )
+        hints = self.hints()
         if hints.get("return", type(None)) not in (None, type(None)):
             self.refuse("it returns something, which nobody would get.", "Annotate `-> None`; publish with tx.publish.")
         if rest and hints.get(rest[0]) is not Tx:
             self.refuse(f"parameter {rest[0]!r} is not annotated as Tx.", "Write `tx: Tx`.")
         if first not in hints:
             self.refuse(f"parameter {first!r} has no annotation.", f"Write `{first}: {self._wanted(batch=batch)}`.")
-        annotation = unwrap(hints[first])
-        element = self._element(annotation, first) if batch else annotation
-        return self._wants_message(element, first, annotation, batch=batch), bool(rest)
+        return self._wants_message(first, hints[first], batch=batch), bool(rest)
 
-    def _parameters(self) -> list[str]:
-        parameters = inspect.signature(self._function).parameters.values()
-        usual = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        if not 1 <= len(parameters) <= 2 or any(parameter.kind not in usual for parameter in parameters):
-            self.refuse("it must take the payload or Message, and after it at most `tx: Tx`.", _SHAPES)
-        return [parameter.name for parameter in parameters]
-
-    def _hints(self, names: Mapping[str, Any]) -> dict[str, Any]:
-        try:
-            return get_type_hints(self._function, localns=dict(names), include_extras=True)
-        except Exception as error:  # noqa: BLE001 - annotations are any code; NameError is the usual one
-            self.refuse(
-                f"its annotations cannot be resolved: {error}.",
-                "Import the type where the handler is defined, not only under TYPE_CHECKING.",
-                error,
-            )
-
-    def _element(self, annotation: Any, name: str) -> Any:
-        arguments = get_args(annotation)
-        if get_origin(annotation) not in _BATCH_TYPES or len(arguments) != 1:
-            wanted = self._wanted(batch=True)
-            self.refuse(f"parameter {name!r} of a batch handler is {annotation!r}.", f"Write `{name}: {wanted}`.")
-        return unwrap(arguments[0])
-
-    def _wants_message(self, element: Any, name: str, annotation: Any, *, batch: bool) -> bool:
-        if element is Message:
-            return True
-        is_message = get_origin(element) is Message
-        inner = get_args(element)[0] if is_message else element
-        if not accepts(inner, self._topic.payload_type):
-            if not batch and get_origin(annotation) in _BATCH_TYPES:
-                self.refuse(f"parameter {name!r} is {_shown(annotation)}.", "For lists use @app.batch_handler(topic).")
-            self.refuse(
-                f"parameter {name!r} is {_shown(annotation)}, but {self._topic!r} carries "
-                f"{_shown(self._topic.payload_type)}.",
-                f"Write `{name}: {self._wanted(batch=batch)}`.",
-            )
+    def _wants_message(self, name: str, annotation: Any, *, batch: bool) -> bool:
+        one = element(annotation) if batch else annotation
+        remedy = f"Write `{name}: {self._wanted(batch=batch)}`."
+        if one is None:
+            self.refuse(f"parameter {name!r} of a batch handler is {annotation!r}.", remedy)
+        is_message = self.takes_message(one)
+        if is_message is None:
+            if not batch and get_origin(unwrap(annotation)) in BATCH_TYPES:
+                self.refuse(f"parameter {name!r} is {shown(annotation)}.", "For lists use @app.batch_handler(topic).")
+            self.refuse(f"parameter {name!r} is {shown(annotation)}, but {self.carries()}.", remedy)
         return is_message
 
     def _wanted(self, *, batch: bool) -> str:
-        payload = _shown(self._topic.payload_type)
+        payload = shown(self.topic.payload_type)
         return f"list[Message[{payload}]]" if batch else payload
-
-
-def _shown(annotation: Any) -> str:
-    bare = unwrap(annotation)
-    return bare.__name__ if isinstance(bare, type) and not get_args(bare) else str(bare)
 
 
 _NO_ASYNC = (
