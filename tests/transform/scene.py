@@ -1,0 +1,206 @@
+"""One stage for chains of transforms that crash or freeze, and what the topics must say, at any time and in the end."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from confluent_kafka import Consumer, IsolationLevel, TopicPartition
+from confluent_kafka.admin import AdminClient, OffsetSpec
+from pydantic import BaseModel
+
+from eoframework.kafka.admin import Admin
+from eoframework.settings import Settings
+from tests.apps.chain import Item, Part, crumbs_of, parts_of
+from tests.conftest import Addresses, database_named, make_settings
+from tests.console_reader import console_read
+from tests.consume.nursery import Forked, Nursery
+from tests.processes import eventually, produce, read_topic, settings_environment
+
+KEYS = 5
+STAGES = ("fan", "pair")
+
+Stage = Literal["fan", "pair"]
+Line = tuple[str, str]
+"""A record as the checks see it: key, value."""
+
+# Small, so that there are many Kafka transactions; short, so that a test is.
+QUICK = {"EO_TRANSFORM_BATCH": "10", "EO_TRANSFORM_INTERVAL": "0.05", "EO_MAX_WAIT": "0.1", "EO_LOG_LEVEL": "debug"}
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A record in a topic."""
+
+    partition: int
+    offset: int
+    key: str
+    value: str
+
+
+class Scene:
+    """The chain app's processes on a database and topics of their own."""
+
+    def __init__(self, settings: Settings, nursery: Nursery, directory: Path, *, partitions: int) -> None:
+        self.settings = settings
+        self.servers = settings.require_bootstrap_servers()
+        self._nursery = nursery
+        self._directory = directory
+        self._spawned = 0
+        self._partitions = partitions
+        unique = uuid.uuid4().hex[:10]
+        self.a, self.b, self.c = (f"chain.{letter}.{unique}" for letter in "abc")
+        self.groups: dict[Stage, str] = {"fan": f"chain-{self.a}.fan", "pair": f"chain-{self.a}.pair"}
+        self.sent = 0
+        admin = Admin(settings)
+        for topic in (self.a, self.b, self.c):
+            admin.create(topic, partitions=partitions, replicas=1, config={})
+        for group in self.groups.values():
+            admin.create(f"{group}.dlt", partitions=1, replicas=1, config={})
+
+    # --- what happens ---
+
+    def send(self, count: int) -> None:
+        """Items of KEYS keys; each key's numbers count up."""
+        numbers = range(self.sent, self.sent + count)
+        self.sent += count
+        produce(self.servers, self.a, [(item.key.encode(), _json(item).encode()) for item in map(_item, numbers)])
+
+    def spawn(self, *arguments: str, **environment: str) -> Forked:
+        """An `eo run` of the chain."""
+        self._spawned += 1
+        return self._nursery.spawn(
+            "run",
+            "tests.apps.chain:app",
+            *arguments,
+            environment=settings_environment(
+                self.settings, CHAIN_A=self.a, CHAIN_B=self.b, CHAIN_C=self.c, **{**QUICK, **environment}
+            ),
+            log=self._directory / f"{self.a}.{self._spawned}.log",
+        )
+
+    # --- what is to be seen ---
+
+    def read(self, topic: str, *, isolation: str = "read_committed") -> list[Seen]:
+        """All of the topic, by a client that knows nothing of ours."""
+        return [
+            Seen(m.partition() or 0, m.offset() or 0, (m.key() or b"").decode(), (m.value() or b"").decode())
+            for m in read_topic(self.servers, topic, isolation=isolation)
+        ]
+
+    def committed(self, stage: Stage) -> dict[int, int]:
+        """The group's offsets by partition, without those of transactions that are still open."""
+        topic = self.a if stage == "fan" else self.b
+        asked = [TopicPartition(topic, partition) for partition in range(self._partitions)]
+        consumer = Consumer(
+            {
+                "bootstrap.servers": self.servers,
+                "group.id": self.groups[stage],
+                # Read uncommitted: the broker answers at once, and with what was committed last.
+                "isolation.level": "read_uncommitted",
+                "enable.auto.commit": False,
+            }
+        )
+        try:
+            return {at.partition: max(at.offset, 0) for at in consumer.committed(asked, timeout=10)}
+        finally:
+            consumer.close()
+
+    def ends(self, topic: str, *, stable: bool) -> dict[int, int]:
+        """Where each partition ends for read_committed readers (`stable`), or for others."""
+        admin = AdminClient({"bootstrap.servers": self.servers})
+        level = IsolationLevel.READ_COMMITTED if stable else IsolationLevel.READ_UNCOMMITTED
+        asked = {TopicPartition(topic, partition): OffsetSpec.latest() for partition in range(self._partitions)}
+        answers = admin.list_offsets(asked, isolation_level=level, request_timeout=10)
+        return {where.partition: answer.result().offset for where, answer in answers.items()}
+
+    def reach_the_end(self, *, seconds: float = 90, log: Path | None = None) -> None:
+        """Wait until all that was sent has come out of the chain."""
+        expected = len(self.expected_crumbs())
+        eventually(self.fan_done, f"fan at the end of {self.a}", seconds=seconds, log=log)
+        eventually(lambda: len(self.read(self.c)) >= expected, f"{expected} crumbs", seconds=seconds, log=log)
+
+    def fan_done(self) -> bool:
+        return sum(self.committed("fan").values()) >= self.sent
+
+    def expected_parts(self) -> list[Line]:
+        return [(part.key, _json(part)) for n in range(self.sent) for part in parts_of(_item(n))]
+
+    def expected_crumbs(self) -> list[Line]:
+        parts = [part for n in range(self.sent) for part in parts_of(_item(n))]
+        return [(part.key, _json(crumb)) for part in parts for crumb in crumbs_of(part)]
+
+    # --- what must be so ---
+
+    def check_now(self) -> None:
+        """While nobody runs: what is visible is made of exactly those inputs that the group's offsets have passed.
+
+        So all outputs of an input are there, or none, in whatever partitions they are.
+        """
+        fan, pair = self.committed("fan"), self.committed("pair")
+        inputs = [Item.model_validate_json(one.value) for one in self.read(self.a) if one.offset < fan[one.partition]]
+        parts = self.read(self.b)
+        _same_per_key(parts, ((part.key, _json(part)) for item in inputs for part in parts_of(item)), "parts")
+        passed = [Part.model_validate_json(one.value) for one in parts if one.offset < pair[one.partition]]
+        crumbs = ((part.key, _json(crumb)) for part in passed for crumb in crumbs_of(part))
+        _same_per_key(self.read(self.c), crumbs, "crumbs")
+
+    def check_end(self, *, console: bool = False) -> None:
+        """Everything once and in its key's order, offsets at the logs' ends, no transaction left open.
+
+        console: let the broker's own consumer read the last topic, too.
+        """
+        parts, crumbs = self.read(self.b), self.read(self.c)
+        _same_per_key(parts, self.expected_parts(), "parts")
+        _same_per_key(crumbs, self.expected_crumbs(), "crumbs")
+        for topic in (self.b, self.c):
+            assert self.ends(topic, stable=True) == self.ends(topic, stable=False), f"open transaction in {topic}"
+        assert self.committed("fan") == self.ends(self.a, stable=False)
+        after = {
+            p: max((one.offset + 1 for one in parts if one.partition == p), default=0) for p in self.committed("pair")
+        }
+        assert self.committed("pair") == after
+        if console:
+            shown = console_read(self.servers, self.c, at_least=len(crumbs))
+            assert [(one.partition, one.offset, one.key, one.value) for one in shown] == [
+                (one.partition, one.offset, one.key, one.value) for one in crumbs
+            ]
+
+    def aborted(self, topic: str) -> int:
+        """How many records there are that read_committed readers do not see."""
+        return len(self.read(topic, isolation="read_uncommitted")) - len(self.read(topic))
+
+
+@contextmanager
+def open_scene(
+    services: Addresses, template: str, nursery: Nursery, directory: Path, *, partitions: int = 2
+) -> Iterator[Scene]:
+    """A scene whose database is gone at the end."""
+    source = template.rsplit("/", 1)[1]
+    with database_named(services, f"eo_chain_{uuid.uuid4().hex[:12]}", source=source) as url:
+        yield Scene(make_settings(url, services.bootstrap_servers), nursery, directory, partitions=partitions)
+
+
+def _item(n: int) -> Item:
+    return Item(key=f"k{n % KEYS}", n=n)
+
+
+def _json(model: BaseModel) -> str:
+    return model.model_dump_json()
+
+
+def _by_key(lines: Iterable[Line]) -> Mapping[str, Sequence[str]]:
+    found: dict[str, list[str]] = {}
+    for key, value in lines:
+        found.setdefault(key, []).append(value)
+    return found
+
+
+def _same_per_key(found: Iterable[Seen], expected: Iterable[Line], what: str) -> None:
+    there, wanted = _by_key((one.key, one.value) for one in found), _by_key(expected)
+    for key in sorted(there.keys() | wanted.keys()):
+        assert there.get(key, []) == wanted.get(key, []), f"{what} of key {key}: lost, repeated or out of order"
