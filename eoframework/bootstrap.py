@@ -26,8 +26,12 @@ from eoframework.lifecycle import Worker
 from eoframework.prune import PruneWorker
 from eoframework.relay import RelayWorker
 from eoframework.settings import Settings
+from eoframework.transform.worker import TransformWorker
+from eoframework.transforms import Transform
 
 _log = logging.getLogger(__name__)
+
+Runnable = Handler | Transform
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,17 +66,33 @@ def load_app(reference: str) -> App:
     raise ConfigurationError(what, remedy=_choose(attribute, apps))
 
 
-def choose_handlers(app: App, names: Collection[str]) -> tuple[Handler, ...]:
-    """The handlers of these names, all without any. Raises NotFound, ConfigurationError for an app without handlers."""
-    if not app.handlers:
+def choose(app: App, names: Collection[str]) -> tuple[Runnable, ...]:
+    """The handlers and transforms of these names, all without any. Raises NotFound, ConfigurationError for an app
+    that has none.
+    """
+    declared: tuple[Runnable, ...] = (*app.handlers, *app.transforms)
+    if not declared:
         raise ConfigurationError(
-            f"app {app.name!r} has no handlers.", remedy="Decorate a function: @app.handler(topic)."
+            f"app {app.name!r} has no handlers and no transforms.",
+            remedy="Decorate a function: @app.handler(topic), or @app.transform(topic, to=...).",
         )
-    by_name = {handler.name: handler for handler in app.handlers}
+    known = sorted(one.name for one in declared)
     for name in names:
-        if name not in by_name:
-            raise NotFound(f"app {app.name!r} has no handler {name!r}.", remedy=_choose(name, sorted(by_name)))
-    return tuple(handler for handler in app.handlers if not names or handler.name in names)
+        if name not in known:
+            raise NotFound(f"app {app.name!r} has no handler or transform {name!r}.", remedy=_choose(name, known))
+    return tuple(one for one in declared if not names or one.name in names)
+
+
+def choose_handler(app: App, name: str) -> Handler:
+    """The handler of this name. Raises NotFound, ConfigurationError for an app without any."""
+    (found,) = choose(app, [name])
+    if isinstance(found, Handler):
+        return found
+    raise ConfigurationError(
+        f"{name!r} is a transform ({found.where}): where it stands are its group's offsets in Kafka.",
+        remedy=f"Stop it, then move them: kafka-consumer-groups --group {found.group} --reset-offsets. What it sends "
+        "again counts again.",
+    )
 
 
 def open_database(app: App, *, stop: threading.Event, wait: bool) -> Database | None:
@@ -108,11 +128,12 @@ def prepare(app: App, *, stop: threading.Event, wait: bool = True) -> Ready | No
     return None if database is None or admin is None else Ready(app, settings, database, admin)
 
 
-def check_topics(ready: Ready, handlers: Collection[Handler], reference: str) -> None:
-    """Raise UnknownTopic for the handlers' topics that do not exist: subscribing to them would wait in silence."""
-    letters = {topic for handler in handlers if (topic := handler.dead_letter_topic) is not None}
-    names = sorted({handler.topic.name for handler in handlers} | letters)
-    missing = [name for name in names if name not in ready.admin.existing([name])]
+def check_topics(ready: Ready, chosen: Collection[Runnable], reference: str) -> None:
+    """Raise UnknownTopic for topics that do not exist: reading from one would wait in silence, sending would fail."""
+    needed = {one.topic.name for one in chosen}
+    needed |= {topic for one in chosen if (topic := one.dead_letter_topic) is not None}
+    needed |= {target.name for one in chosen if isinstance(one, Transform) for target in one.targets}
+    missing = [name for name in sorted(needed) if name not in ready.admin.existing([name])]
     if missing:
         raise UnknownTopic(
             f"Kafka at {ready.settings.kafka_bootstrap_servers} has no topic {', '.join(map(repr, missing))}.",
@@ -121,22 +142,35 @@ def check_topics(ready: Ready, handlers: Collection[Handler], reference: str) ->
 
 
 def run_workers(
-    ready: Ready, handlers: Collection[Handler], *, stop: threading.Event, once: bool, adopt_offsets: bool
+    ready: Ready,
+    chosen: Collection[Runnable],
+    *,
+    stop: threading.Event,
+    once: bool,
+    adopt_offsets: bool,
+    worker_index: int | None = None,
 ) -> list[Worker]:
-    """What `eo run` runs: a consumer for each handler, and pruning."""
-    workers: list[Worker] = [
-        ConsumeWorker(
-            handler,
-            app=ready.app,
-            settings=ready.settings,
-            admin=ready.admin,
-            stop=stop,
-            once=once,
-            adopt_offsets=adopt_offsets,
-        )
-        for handler in handlers
-    ]
-    return [*workers, PruneWorker(ready.database, ready.settings)]
+    """What `eo run` runs: a consumer for each handler, a worker for each transform, and pruning."""
+    app, admin = ready.app, ready.admin
+    settings = _settings_of_worker(ready.settings, worker_index)
+    workers: list[Worker] = []
+    for one in chosen:
+        if isinstance(one, Transform):
+            workers.append(TransformWorker(one, app=app, settings=settings, admin=admin, stop=stop, once=once))
+        else:
+            workers.append(
+                ConsumeWorker(
+                    one, app=app, settings=settings, admin=admin, stop=stop, once=once, adopt_offsets=adopt_offsets
+                )
+            )
+    return [*workers, PruneWorker(ready.database, settings)]
+
+
+def _settings_of_worker(settings: Settings, worker_index: int | None) -> Settings:
+    # Two processes of one instance would take the same transactional.id, and fence each other for ever.
+    if worker_index is None or settings.instance is None:
+        return settings
+    return settings.model_copy(update={"instance": f"{settings.instance}.{worker_index}"})
 
 
 def relay_workers(ready: Ready, *, shards: Collection[int] | None = None) -> list[Worker]:
@@ -144,12 +178,13 @@ def relay_workers(ready: Ready, *, shards: Collection[int] | None = None) -> lis
     return [RelayWorker(ready.database, ready.settings, admin=ready.admin, only=shards)]
 
 
-def log_run_banner(ready: Ready, handlers: Collection[Handler]) -> None:
-    """Say what runs against what, and what each handler may rely on."""
+def log_run_banner(ready: Ready, chosen: Collection[Runnable]) -> None:
+    """Say what runs against what, and what each of them may rely on."""
     _log_surroundings("run", ready)
-    for handler in handlers:
-        _log.info("  %s <- %s: %s", handler.group, handler.topic.name, handler.describe_guarantee())
-    _log.info("  message ids are remembered for %s", _days(ready.settings.processed_retention))
+    for one in chosen:
+        _log.info("  %s <- %s: %s", one.group, one.topic.name, one.describe_guarantee())
+    if any(isinstance(one, Handler) for one in chosen):
+        _log.info("  message ids are remembered for %s", _days(ready.settings.processed_retention))
 
 
 def log_relay_banner(ready: Ready) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 from uuid import UUID
 
+from eoframework.app import App
 from eoframework.checkpoint import checkpoint_topic
 from eoframework.kafka.admin import Admin, TopicInfo
 from eoframework.topic import Topic
@@ -46,6 +47,13 @@ class Difference:
     def document(self) -> dict[str, object]:
         """For `--json`."""
         return {"topic": self.topic, "action": self.action, "what": self.what}
+
+
+def dead_letter_topics(app: App) -> list[str]:
+    """Where the app's handlers and transforms send what they gave up."""
+    of_handlers = [handler.dead_letter_topic for handler in app.handlers]
+    of_transforms = [transform.dead_letter_topic for transform in app.transforms]
+    return [name for name in of_handlers + of_transforms if name is not None]
 
 
 def wanted_topics(

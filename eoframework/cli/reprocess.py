@@ -72,7 +72,7 @@ def command(
 
 def _job(reference: str, handler: str, stop: threading.Event, *, wait: bool) -> Reprocess | None:
     app = bootstrap.load_app(reference)
-    (chosen,) = bootstrap.choose_handlers(app, [handler])
+    chosen = bootstrap.choose_handler(app, handler)
     ready = bootstrap.prepare(app, stop=stop, wait=wait)
     if ready is None:
         return None

@@ -1,4 +1,4 @@
-"""`eo run`: an app's handlers, in this process or in several."""
+"""`eo run`: an app's handlers and transforms, in this process or in several."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from eoframework.supervisor import Supervisor, python_command
 
 def command(
     reference: options.Reference,
-    handler: Annotated[list[str] | None, typer.Option("--handler", help="Only this one; may be repeated.")] = None,
+    handler: Annotated[
+        list[str] | None, typer.Option("--handler", help="Only this handler or transform; may be repeated.")
+    ] = None,
     workers: Annotated[int, typer.Option("--workers", min=1, max=256, help="Processes to run.")] = 1,
     once: options.Once = False,
     no_wait: options.NoWait = False,
@@ -25,7 +27,7 @@ def command(
     assignments: options.Set = None,
     worker_index: options.WorkerIndex = None,
 ) -> None:
-    """Run an app's handlers, each message in one database transaction."""
+    """Run an app's handlers, each message in one database transaction; its transforms, each batch in one of Kafka."""
     options.start(assignments)
     if workers > 1:
         flags = _flags(handler or [], assignments or [], once=once, no_wait=no_wait, adopt_offsets=adopt_offsets)
@@ -34,8 +36,10 @@ def command(
     with lifecycle.signals(stop):
         if worker_index is not None:
             lifecycle.stop_when_orphaned(stop)
-        work = _Work(reference, handler or [], once=once, wait=not no_wait, adopt_offsets=adopt_offsets)
-        code = work.run(stop, banner=not worker_index)
+        work = _Work(
+            reference, handler or [], once=once, wait=not no_wait, adopt_offsets=adopt_offsets, index=worker_index
+        )
+        code = work.run(stop)
     raise typer.Exit(code)
 
 
@@ -44,21 +48,25 @@ class _Work:
     """What was asked for, for this process."""
 
     reference: str
-    handlers: list[str]
+    names: list[str]
     once: bool
     wait: bool
     adopt_offsets: bool
+    index: int | None
+    """Which of several workers this is."""
 
-    def run(self, stop: threading.Event, *, banner: bool) -> int:
+    def run(self, stop: threading.Event) -> int:
         app = bootstrap.load_app(self.reference)
-        handlers = bootstrap.choose_handlers(app, self.handlers)
+        chosen = bootstrap.choose(app, self.names)
         ready = bootstrap.prepare(app, stop=stop, wait=self.wait)
         if ready is None:
             return 0
-        bootstrap.check_topics(ready, handlers, self.reference)
-        if banner:
-            bootstrap.log_run_banner(ready, handlers)
-        workers = bootstrap.run_workers(ready, handlers, stop=stop, once=self.once, adopt_offsets=self.adopt_offsets)
+        bootstrap.check_topics(ready, chosen, self.reference)
+        if not self.index:
+            bootstrap.log_run_banner(ready, chosen)
+        workers = bootstrap.run_workers(
+            ready, chosen, stop=stop, once=self.once, adopt_offsets=self.adopt_offsets, worker_index=self.index
+        )
         return lifecycle.run(workers, stop=stop, once=self.once)
 
 

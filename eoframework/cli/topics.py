@@ -53,8 +53,9 @@ def _compare(reference: str, *, wait: bool) -> tuple[Admin, list[Difference]]:
     brokers = ready.admin.broker_count()
     provision.warn_of_few_brokers(brokers)
     outbox = Shards(ready.database, ready.settings).outbox()
-    dead_letters = [topic for handler in ready.app.handlers if (topic := handler.dead_letter_topic) is not None]
-    wanted = provision.wanted_topics(ready.app.topics, brokers=brokers, outbox=outbox, dead_letters=dead_letters)
+    wanted = provision.wanted_topics(
+        ready.app.topics, brokers=brokers, outbox=outbox, dead_letters=provision.dead_letter_topics(ready.app)
+    )
     return ready.admin, provision.differences(wanted, ready.admin)
 
 
