@@ -38,7 +38,6 @@ _NO_PERMISSION = frozenset(
 _LOG_IS_NOT_WHAT_IT_WAS = frozenset({KafkaError._AUTO_OFFSET_RESET, KafkaError._LOG_TRUNCATION})
 _NOT_STARTED = frozenset({KafkaError._STATE, KafkaError._PREV_IN_PROGRESS})
 _FAREWELL_SECONDS = 5.0
-_COMMITTED_SECONDS = 10.0
 _SEEK_ATTEMPTS = 500
 _SEEK_PAUSE = 0.01
 
@@ -226,14 +225,15 @@ class GroupConsumer:
         """
         return Membership.read(self._consumer.consumer_group_metadata())
 
-    def committed(self, partitions: Iterable[int]) -> dict[int, tuple[int, str] | None]:
+    def committed(self, partitions: Iterable[int], *, timeout: float) -> dict[int, tuple[int, str] | None]:
         """The group's offset of each partition and its metadata, None where there is none; raises Retryable.
 
-        Offsets of a Kafka transaction that has not ended are waited for: they may still become the group's.
+        Offsets of a Kafka transaction that has not ended are waited for, `timeout` seconds: they may still become the
+        group's. Source: KIP-447, "require stable".
         """
         asked = [TopicPartition(self._topic, partition) for partition in partitions]
         try:
-            found = self._consumer.committed(asked, timeout=_COMMITTED_SECONDS)
+            found = self._consumer.committed(asked, timeout=timeout)
         except KafkaException as fault:
             raise classify(fault, f"reading the offsets of group {self._group}") from fault
         for failed in (at.error for at in found if at.error is not None):

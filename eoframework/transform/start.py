@@ -41,6 +41,8 @@ class Beginning:
         self._cluster = cluster
         self._positions = Positions(database.schema)
         self._starts = TransformStarts(database.schema)
+        self._begun: set[int] = set()
+        """Partitions of which the database knows it already."""
 
     def register(self, *, app: str, declared: Collection[str]) -> Stream:
         """The transform's stream; at its first start, where it begins is stored for all partitions at once.
@@ -57,6 +59,7 @@ class Beginning:
             stream = Stream(number, group, topic, info.id, cluster_id)
             known = self._starts.known(connection, consumer_id=number, topic=topic)
             self._refuse_moved(stream, known)
+            self._begun = {row.partition for row in known if row.begun}
             if not known:
                 self._starts.plan(connection, stream, self._first_offsets(info.partitions))
         return stream
@@ -75,9 +78,14 @@ class Beginning:
         return {p: known[p].offset if p in known else 0 for p in partitions}
 
     def begun(self, stream: Stream, partitions: Collection[int]) -> None:
-        """The group has offsets there: missing ones are lost from now on."""
+        """The group has offsets there: missing ones are lost from now on. Asks nobody when all of it is known."""
+        if self._begun.issuperset(partitions):
+            return
         with self._database.brief(f"{stream.consumer}: it has begun") as connection:
+            # One that appeared after the first start, and was given its offset by a tool, has no row yet.
+            self._starts.plan(connection, stream, dict.fromkeys(partitions, 0))
             self._starts.begun(connection, stream, sorted(partitions))
+        self._begun |= set(partitions)
 
     def ask_topic(self, stream: Stream) -> Callable[[], None]:
         """Ask now whether the topic is the one it was; calling what is returned takes the answer, or stops."""

@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 
 _CHECK_SECONDS = 5.0
 _SHORT = 0.1
+_IN_CALLBACK = 1.0
+_PATIENCE = 10.0
 _LONGEST_BACKOFF = 5.0
 _REQUEST_SHARE = 0.97
 """A request carries more than its records; the limit of a topic counts that too."""
@@ -256,9 +258,18 @@ class TransformWorker:
     # --- which partitions, and where they stand ---
 
     def _assigned(self, partitions: list[int]) -> dict[int, int | None]:
-        # Paused: what a predecessor has in flight is waited for, and a callback is no place to wait.
+        """Where they start; None: paused, until `_settle` knows.
+
+        Known here already if all goes well: a partition that is resumed later stands still for another second.
+        """
         self._waiting |= set(partitions)
-        return dict.fromkeys(partitions)
+        starts: dict[int, int | None] = dict.fromkeys(partitions)
+        try:
+            found = self._where(partitions, timeout=_IN_CALLBACK)
+        except (Retryable, Fenced, RestartNeeded) as trouble:
+            log.info("%s: %s Partitions %s wait; nothing is lost", self.name, trouble, partitions)
+            return starts
+        return starts | {partition: self._stand(partition, at) for partition, at in found.items() if at is not None}
 
     def _revoked(self, partitions: list[int]) -> None:
         # No transaction is open: callbacks run inside fetch, and each step ends its transactions before the next fetch.
@@ -269,39 +280,42 @@ class TransformWorker:
             self._retry_at.pop(partition, None)
             self._suspicion.gone(partition)
 
+    def _where(self, partitions: list[int], *, timeout: float) -> dict[int, tuple[int, str] | None]:
+        """The group's offsets, and what was written with them."""
+        # In this order: the new producer ends what the last one left open, and only then do the offsets tell.
+        self._ready().make_ready()
+        return self._member().committed(partitions, timeout=timeout)
+
+    def _stand(self, partition: int, at: tuple[int, str]) -> int:
+        self._waiting.discard(partition)
+        self._stands[partition] = Stand(at[0], Mark.decode(at[1]))
+        self._suspicion.took_over(partition, self._stands[partition])
+        events.emit("transform.claimed", partition=partition, offset=at[0])
+        return at[0]
+
     def _settle(self, consumer: GroupConsumer) -> None:
         """Begin the waiting partitions where the group stands."""
+        self._beginning.begun(self._stream, self._stands)
         waiting = sorted(self._waiting & consumer.assigned())
         if not waiting:
             return
         try:
-            # In this order: the new producer ends what the last one left open, and only then do the offsets tell.
-            self._ready().make_ready()
-            found = consumer.committed(waiting)
+            found = self._where(waiting, timeout=_PATIENCE)
             missing = [partition for partition in waiting if found[partition] is None]
             if missing:
                 self._begin(missing, consumer.membership())
-                return
-            self._beginning.begun(self._stream, waiting)
         except (Retryable, Fenced, RestartNeeded) as trouble:
             log.info("%s: %s Partitions %s wait; nothing is lost", self.name, trouble, waiting)
             clock.wait(self._draining, self._pause.next())
             return
         for partition, at in found.items():
-            assert at is not None
-            self._start(consumer, partition, Stand(at[0], Mark.decode(at[1])))
-        events.emit("transform.claimed", partitions=waiting)
+            if at is not None:
+                consumer.start(partition, self._stand(partition, at))
 
     def _begin(self, missing: list[int], membership: Membership) -> None:
         """Commit the first offsets of these partitions, as a member: a successor's cannot be moved back by us."""
         first = self._beginning.missing(self._stream, missing)
         self._transformer.move({p: Stand(offset, Mark()) for p, offset in first.items()}, membership)
-
-    def _start(self, consumer: GroupConsumer, partition: int, stand: Stand) -> None:
-        self._waiting.discard(partition)
-        self._stands[partition] = stand
-        self._suspicion.took_over(partition, stand)
-        consumer.start(partition, stand.offset)
 
     # --- now and then ---
 

@@ -115,6 +115,7 @@ def read(settings: Settings, topic: str, *, isolation: str = "read_committed") -
             "isolation.level": isolation,
             "enable.partition.eof": True,
             "auto.offset.reset": "earliest",
+            "fetch.wait.max.ms": 20,
         }
     )
     try:
