@@ -139,7 +139,7 @@ def read_topic(bootstrap_servers: str, topic: str, *, isolation: str = "read_com
         deadline = time.monotonic() + 60
         while waiting:
             assert time.monotonic() < deadline, f"{topic} not read to its end: {waiting}"
-            for message in consumer.consume(1000, 0.5):
+            for message in consumer.consume(1000, 0.1):
                 error = message.error()
                 if error is None:
                     found[message.partition() or 0].append(message)
