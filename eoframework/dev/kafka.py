@@ -96,6 +96,12 @@ class KafkaBroker:
         return self._state.port
 
     @property
+    def controller_port(self) -> int:
+        """The port for the controllers' own talk."""
+        assert self._state.controller_port is not None
+        return self._state.controller_port
+
+    @property
     def identity(self) -> Identity | None:
         """The broker's process; None when it was stopped on purpose or never started."""
         return self._state.process
@@ -265,9 +271,15 @@ def wait_until_ready(brokers: Sequence[KafkaBroker], *, stop: threading.Event | 
     patience = _START_SECONDS * len(brokers)
     deadline = clock.monotonic() + patience
     waiting, last = list(brokers), ""
-    while clock.monotonic() < deadline:
+    while waiting:
         if stop.is_set():
             raise CalledOff("The start of Kafka was called off.")
+        if clock.monotonic() > deadline:
+            raise Unreachable(
+                f"{waiting[0].title} was not ready within {patience:.0f} s: "
+                f"{last or logs.decisive_line(waiting[0].log)}",
+                remedy=f"Its log is {waiting[0].log}.",
+            )
         for broker in brokers:
             broker.raise_if_died()
         # All ports first: where three start at once, the first one up can only wait for the others.
@@ -280,9 +292,3 @@ def wait_until_ready(brokers: Sequence[KafkaBroker], *, stop: threading.Event | 
             last = str(error)
         else:
             del waiting[0]
-            if not waiting:
-                return
-    raise Unreachable(
-        f"{waiting[0].title} was not ready within {patience:.0f} s: {last or logs.decisive_line(waiting[0].log)}",
-        remedy=f"Its log is {waiting[0].log}.",
-    )

@@ -1,0 +1,60 @@
+"""One cluster of three brokers, with a database server, for all tests of this directory; each leaves it whole."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+
+import pytest
+
+from eoframework.db import migrating
+from eoframework.db.session import open_database
+from eoframework.kafka.admin import Admin
+from eoframework.schema import Schema
+from eoframework.settings import Settings
+from tests.cluster.brokers import Brokers, three_brokers
+from tests.conftest import Addresses, database_named, make_settings
+
+
+@pytest.fixture(scope="package")
+def shared_brokers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Brokers]:
+    with three_brokers(tmp_path_factory.mktemp("three")) as brokers:
+        yield brokers
+
+
+@pytest.fixture
+def brokers(shared_brokers: Brokers) -> Iterator[Brokers]:
+    """The three, all of them running and in sync; what the test did to them is undone."""
+    yield shared_brokers
+    shared_brokers.make_whole()
+
+
+@pytest.fixture
+def database_url(shared_brokers: Brokers) -> Iterator[str]:
+    """The URL of a fresh migrated database on the server beside the three brokers."""
+    addresses = Addresses(shared_brokers.services.database_url, shared_brokers.bootstrap_servers)
+    with database_named(addresses, f"eo_{uuid.uuid4().hex[:10]}") as url:
+        database = open_database(url, Schema())
+        migrating.upgrade(database)
+        database.engine.dispose()
+        yield url
+
+
+@pytest.fixture
+def settings(shared_brokers: Brokers, database_url: str) -> Settings:
+    """Settings of this test's database and the three brokers."""
+    return make_settings(database_url, shared_brokers.bootstrap_servers)
+
+
+@pytest.fixture
+def make_topic(shared_brokers: Brokers) -> Callable[..., str]:
+    """Creates a topic, three replicas of which two must be in sync, with a name nobody else has."""
+    admin = Admin(Settings.load(kafka_bootstrap_servers=shared_brokers.bootstrap_servers))
+
+    def make(prefix: str = "t", *, partitions: int = 1, config: Mapping[str, str] | None = None) -> str:
+        name = f"{prefix}.{uuid.uuid4().hex[:10]}"
+        wanted = {"min.insync.replicas": "2", **(config or {})}
+        admin.create(name, partitions=partitions, replicas=3, config=wanted)
+        return name
+
+    return make
