@@ -37,14 +37,15 @@ WHERE c.id = p.consumer_id AND c.name = %(consumer)s AND p.topic_id = %(topic_id
 RETURNING p.epoch
 """
 # The ids of processed messages stay until they are too old: should the consumer come back, they still count as done.
-# Without a topic the consumer no longer stands for any, so a handler may take its place.
+# Without a topic the consumer no longer stands for any, so a handler may take its place; unless it is a transform too.
 _FORGET = """
 WITH gone AS (
     DELETE FROM {eo}.position USING {eo}.consumer c WHERE c.id = consumer_id AND c.name = %(consumer)s
     RETURNING partition
 ), retired AS (
-    UPDATE {eo}.consumer SET topic = '' WHERE name = %(consumer)s RETURNING id
-) SELECT (SELECT count(*) FROM gone), (SELECT count(*) FROM retired)
+    UPDATE {eo}.consumer c SET topic = '' WHERE name = %(consumer)s
+        AND NOT EXISTS (SELECT FROM {eo}.transform_start s WHERE s.consumer_id = c.id) RETURNING id
+) SELECT (SELECT count(*) FROM gone), (SELECT count(*) FROM {eo}.consumer WHERE name = %(consumer)s)
 """
 # Those of a topic that the consumer stands for. What is left of an earlier one is stranded already.
 _PARKED = """

@@ -33,7 +33,6 @@ from eoframework import clock
 from eoframework.errors import ConfigurationError, EoError, Retryable, Unreachable
 from eoframework.kafka.config import admin_config, offset_reader_config
 from eoframework.kafka.faults import classify, kafka_error
-from eoframework.kafka.offsets import offset_mark
 from eoframework.settings import Settings
 
 _log = logging.getLogger(__name__)
@@ -223,15 +222,20 @@ class Admin:
         future = self._client.incremental_alter_configs([resource], request_timeout=_TIMEOUT)[resource]
         self._result(future, f"changing the settings of topic {topic}", topic=topic)
 
-    def group_offsets(self, group: str, topic: str) -> dict[int, tuple[int, str]]:
-        """The group's committed offsets of the topic: partition -> (offset, metadata); empty when it has none."""
+    def group_offsets(self, group: str, topic: str, *, stable: bool = True) -> dict[int, tuple[int, str]]:
+        """The group's committed offsets of the topic: partition -> (offset, metadata); empty when it has none.
+
+        Raises Retryable while a Kafka transaction may still move them; `stable=False` asks what they are until then.
+        """
         # Not by the admin client: it crashes the process (SIGSEGV in librdkafka 2.16.0) when the broker answers
         # NOT_COORDINATOR, as one does that has just started; a consumer has the coordinator whose lack it trips over.
         questions = [TopicPartition(topic, partition) for partition in range(self._partitions(topic))]
         if not questions:
             return {}
         told: list[KafkaError] = []
-        consumer = Consumer({**offset_reader_config(self._settings, group=group), "error_cb": told.append})
+        isolation = {} if stable else {"isolation.level": "read_uncommitted"}
+        reader = offset_reader_config(self._settings, group=group)
+        consumer = Consumer({**reader, **isolation, "error_cb": told.append})
         try:
             found = consumer.committed(questions, timeout=_OFFSETS_TIMEOUT)
         except KafkaException as error:
@@ -254,9 +258,9 @@ class Admin:
         except UnknownTopic:
             return 0
 
-    def set_group_offset(self, group: str, topic: str, partition: int, offset: int, *, epoch: int) -> bool:
-        """Commit the group's offset in the name of its consumer; False while the group has members."""
-        where = TopicPartition(topic, partition, offset, metadata=offset_mark(epoch))
+    def set_group_offset(self, group: str, topic: str, partition: int, offset: int, *, mark: str) -> bool:
+        """Commit the group's offset with `mark`, which its consumer knows as its own; False while it has members."""
+        where = TopicPartition(topic, partition, offset, metadata=mark)
         asked = [ConsumerGroupTopicPartitions(group, [where])]
         future = self._client.alter_consumer_group_offsets(asked, request_timeout=_TIMEOUT)[group]
         return self._unless_in_use(future, f"setting the offset of group {group}")
