@@ -74,7 +74,10 @@ def accepts(annotation: Any, payload_type: Any) -> bool:
 def _takes(wanted: Any, given: Any) -> bool:
     if wanted in (Any, object) or wanted == given or wanted == get_origin(given):
         return True
-    return isinstance(wanted, type) and isinstance(given, type) and issubclass(given, wanted)
+    try:
+        return isinstance(wanted, type) and isinstance(given, type) and issubclass(given, wanted)
+    except TypeError:  # a TypedDict, or a Protocol, cannot be asked
+        return False
 
 
 def _is_record_class(member: Any) -> bool:

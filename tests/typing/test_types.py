@@ -8,14 +8,17 @@ from mypy import api
 
 HEAD = """
 from __future__ import annotations
+from collections.abc import Iterator
 from typing import Annotated, Any
 from pydantic import BaseModel, Field
 from sqlalchemy.orm import Session
-from eoframework import App, Message, Topic, Tx
+from eoframework import App, Message, Out, Topic, Tx
 
 class Order(BaseModel):
     order_id: int
 class Refund(BaseModel):
+    order_id: int
+class Stock(BaseModel):
     order_id: int
 
 orders = Topic("orders", Order, key="order_id", id=lambda order: order.order_id)
@@ -23,6 +26,9 @@ maybe = Topic("maybe", Order | None)
 either = Topic("either", Annotated[Order | Refund, Field()])
 raw = Topic("raw", bytes)
 documents = Topic("documents", dict[str, Any])
+stocks = Topic("stocks", Stock)
+refunds = Topic("refunds", Refund)
+tombs = Topic("tombs", Stock | None)
 app = App("shop")
 """
 
@@ -57,6 +63,42 @@ def messages(batch: list[Message[Order]], tx: Tx) -> None:
     for m in batch:
         tx.publish(orders, m.payload, cause=m)
 
+@app.transform(orders, to=stocks)
+def one(order: Order) -> Stock:
+    return Stock(order_id=order.order_id)
+@app.transform(orders, to=stocks, name="maybe", start="latest", retry=None, breaker=None)
+def maybe_one(message: Message[Order]) -> Stock | None: ...
+@app.transform(orders, to=stocks)
+def many(order: Order) -> list[Stock]:
+    return [Stock(order_id=order.order_id)]
+@app.transform(orders, to=stocks)
+def yields(order: Order) -> Iterator[Stock | Out[Stock]]:
+    yield Stock(order_id=order.order_id)
+    yield Out(stocks, Stock(order_id=order.order_id), key="a")
+@app.transform(orders, to=(stocks, refunds))
+def one_of_two(order: Order) -> Stock | Refund | None: ...
+@app.transform(orders, to=(stocks, refunds))
+def both(order: Order) -> tuple[Stock, Refund]:
+    return Stock(order_id=order.order_id), Refund(order_id=order.order_id)
+@app.transform(orders, to={stocks, refunds})
+def of_a_set(order: Order) -> Stock | Refund | None: ...
+@app.transform(orders, to=tombs)
+def tombstone(order: Order) -> Out[Stock | None]:
+    return Out(tombs, None, key=order.order_id)
+@app.transform(maybe, to=stocks)
+def of_tombstones(order: Order | None) -> Stock | None: ...
+@app.transform(orders, to=stocks, max_batch=5)
+def stock_batch(batch: list[Order]) -> list[Stock | None]:
+    return [Stock(order_id=order.order_id) for order in batch]
+@app.transform(orders, to=stocks)
+def stock_messages(batch: list[Message[Order]]) -> list[list[Stock]]:
+    return [[Stock(order_id=m.payload.order_id)] for m in batch]
+
+def plain_transforms(order: Order, message: Message[Order]) -> None:
+    stock: Stock = one(order)
+    perhaps: Stock | None = maybe_one(message)
+    either: Stock | Refund | None = one_of_two(order)
+
 def plain_call(tx: Tx) -> None:
     payload_tx(Order(order_id=1), tx)
     payload_tx(Order(order_id=1), tx=tx)
@@ -80,6 +122,24 @@ WRONG = [
     "@app.handler(orders)\ndef f(order: Order, tx: Tx) -> int: return 1",
     "@app.batch_handler(orders)\ndef f(batch: list[Refund], tx: Tx) -> None: ...",
     "@app.batch_handler(orders)\ndef f(order: Order, tx: Tx) -> None: ...",
+    "@app.transform(orders, to=stocks)\ndef f(order: Refund) -> Stock: raise KeyError",
+    "@app.transform(orders, to=stocks)\ndef f(order: Message[Refund]) -> Stock: raise KeyError",
+    "@app.transform(maybe, to=stocks)\ndef f(order: Order) -> Stock: raise KeyError",
+    "@app.transform(orders, to=stocks)\ndef f(order: Order) -> Refund: raise KeyError",
+    "@app.transform(orders, to=stocks)\ndef f(order: Order) -> Refund | None: raise KeyError",
+    "@app.transform(orders, to=stocks)\ndef f(order: Order) -> list[Refund]: raise KeyError",
+    "@app.transform(orders, to=stocks)\ndef f(order: Order) -> Iterator[Refund]:\n    yield Refund(order_id=1)",
+    "@app.transform(orders, to=stocks)\nasync def f(order: Order) -> Stock: raise KeyError",
+    "@app.transform(orders, to=stocks)\ndef f(order: Order, tx: Tx) -> Stock: raise KeyError",
+    "@app.transform(orders, to=(stocks, refunds))\ndef f(order: Order) -> Order: raise KeyError",
+    "@app.transform(orders, to=stocks)\ndef f(batch: list[Refund]) -> list[Stock]: raise KeyError",
+    "@app.transform(orders, to=stocks)\ndef f(batch: list[Order]) -> list[Refund]: raise KeyError",
+    "@app.transform(orders, to=stocks)\ndef f(batch: list[Order]) -> Stock: raise KeyError",
+    "@app.transform(orders)\ndef f(order: Order) -> Stock: raise KeyError",
+    "@app.transform(orders, to='stocks')\ndef f(order: Order) -> Stock: raise KeyError",
+    "@app.transform(orders, to=stocks, ordering='key')\ndef f(order: Order) -> Stock: raise KeyError",
+    "def f() -> None: Out(stocks, Refund(order_id=1))",
+    "def f() -> None: Out(stocks, None)",
     "Topic('t', Order, id=lambda order: order.nope)",
     "def f(tx: Tx) -> None: x: Order = orders.decode(...).key  # noqa",
 ]
@@ -101,5 +161,6 @@ def test_right_programs_pass_and_each_wrong_line_is_an_error(tmp_path: Path) -> 
     head = HEAD.count("\n")
     for path, line in zip(wrong, WRONG, strict=True):
         errors = [found for found in out.splitlines() if path.name in found and ": error:" in found]
+        assert not any("[empty-body]" in found for found in errors), f"another mistake than the one meant: {line}"
         assert errors, f"mypy accepts: {line}"
         assert all(int(found.split(":")[1]) > head for found in errors)
