@@ -90,8 +90,8 @@ def choose_handler(app: App, name: str) -> Handler:
         return found
     raise ConfigurationError(
         f"{name!r} is a transform ({found.where}): where it stands are its group's offsets in Kafka.",
-        remedy=f"Stop it, then move them: kafka-consumer-groups --group {found.group} --reset-offsets. What it sends "
-        "again counts again.",
+        remedy=f"Stop it and move them: eo position set {found.group} PARTITION OFFSET. What it sends then is sent "
+        "again, and counts again.",
     )
 
 

@@ -73,12 +73,6 @@ class TransformDecorator(Generic[T, R]):
         self._register = register
 
     # The narrow forms first: whoever calls the function in a test gets back what it is declared to return.
-    @overload
-    def __call__(self, function: Callable[[Message[T]], R]) -> Callable[[Message[T]], R]: ...
-    @overload
-    def __call__(self, function: Callable[[Message[T]], R | None]) -> Callable[[Message[T]], R | None]: ...
-    @overload
-    def __call__(self, function: Callable[[Message[T]], Result[R]]) -> Callable[[Message[T]], Result[R]]: ...
     # A function of `object` fits these and those for lists, and gets one message.
     @overload
     def __call__(  # type: ignore[overload-overlap]
@@ -92,6 +86,12 @@ class TransformDecorator(Generic[T, R]):
     def __call__(  # type: ignore[overload-overlap]
         self, function: Callable[[T], Result[R]]
     ) -> Callable[[T], Result[R]]: ...
+    @overload
+    def __call__(self, function: Callable[[Message[T]], R]) -> Callable[[Message[T]], R]: ...
+    @overload
+    def __call__(self, function: Callable[[Message[T]], R | None]) -> Callable[[Message[T]], R | None]: ...
+    @overload
+    def __call__(self, function: Callable[[Message[T]], Result[R]]) -> Callable[[Message[T]], Result[R]]: ...
     @overload
     def __call__(
         self, function: Callable[[list[Message[T]]], Sequence[Result[R]]]
