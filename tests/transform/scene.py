@@ -6,15 +6,15 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Literal
 
 from confluent_kafka import Consumer, IsolationLevel, TopicPartition
-from confluent_kafka.admin import AdminClient, OffsetSpec
+from confluent_kafka.admin import AdminClient, NewTopic, OffsetSpec
 from pydantic import BaseModel
 
 from eoframework import clock
-from eoframework.kafka.admin import Admin
 from eoframework.settings import Settings
 from tests.apps.chain import Item, Part, crumbs_of, parts_of
 from tests.conftest import Addresses, database_named, make_settings
@@ -49,22 +49,21 @@ class Seen:
 class Scene:
     """The chain app's processes on a database and topics of their own."""
 
-    def __init__(self, settings: Settings, nursery: Nursery, directory: Path, *, partitions: int) -> None:
+    def __init__(
+        self, settings: Settings, nursery: Nursery, directory: Path, *, partitions: int = 2, into: int | None = None
+    ) -> None:
+        """A and, unless `into` says otherwise, B and C have so many `partitions`."""
         self.settings = settings
         self.servers = settings.require_bootstrap_servers()
         self._nursery = nursery
         self._directory = directory
         self._spawned = 0
-        self._partitions = partitions
         unique = uuid.uuid4().hex[:10]
         self.a, self.b, self.c = (f"chain.{letter}.{unique}" for letter in "abc")
         self.groups: dict[Stage, str] = {"fan": f"chain-{self.a}.fan", "pair": f"chain-{self.a}.pair"}
+        self.partitions = {self.a: partitions, self.b: into or partitions, self.c: into or partitions}
         self.sent = 0
-        admin = Admin(settings)
-        for topic in (self.a, self.b, self.c):
-            admin.create(topic, partitions=partitions, replicas=1, config={})
-        for group in self.groups.values():
-            admin.create(f"{group}.dlt", partitions=1, replicas=1, config={})
+        create_topics(self.servers, self.partitions | {f"{group}.dlt": 1 for group in self.groups.values()})
 
     # --- what happens ---
 
@@ -99,7 +98,7 @@ class Scene:
     def committed(self, stage: Stage) -> dict[int, int]:
         """The group's offsets by partition, without those of transactions that are still open."""
         topic = self.a if stage == "fan" else self.b
-        asked = [TopicPartition(topic, partition) for partition in range(self._partitions)]
+        asked = [TopicPartition(topic, partition) for partition in range(self.partitions[topic])]
         consumer = Consumer(
             {
                 "bootstrap.servers": self.servers,
@@ -116,10 +115,9 @@ class Scene:
 
     def ends(self, topic: str, *, stable: bool) -> dict[int, int]:
         """Where each partition ends for read_committed readers (`stable`), or for others."""
-        admin = AdminClient({"bootstrap.servers": self.servers})
         level = IsolationLevel.READ_COMMITTED if stable else IsolationLevel.READ_UNCOMMITTED
-        asked = {TopicPartition(topic, partition): OffsetSpec.latest() for partition in range(self._partitions)}
-        answers = admin.list_offsets(asked, isolation_level=level, request_timeout=10)
+        asked = {TopicPartition(topic, partition): OffsetSpec.latest() for partition in range(self.partitions[topic])}
+        answers = admin_client(self.servers).list_offsets(asked, isolation_level=level, request_timeout=10)
         return {where.partition: answer.result().offset for where, answer in answers.items()}
 
     def reach_the_end(self, *, seconds: float = 90, log: Path | None = None) -> None:
@@ -130,7 +128,7 @@ class Scene:
 
     def ends_of_records(self, records: Iterable[Seen]) -> dict[int, int]:
         """The offset after each partition's last record: behind it there may be markers of transactions."""
-        ends = dict.fromkeys(range(self._partitions), 0)
+        ends = dict.fromkeys(range(self.partitions[self.b]), 0)
         return ends | {one.partition: one.offset + 1 for one in records}
 
     def fan_done(self) -> bool:
@@ -192,14 +190,34 @@ class Scene:
         return len(self.read(topic, isolation="read_uncommitted")) - len(self.read(topic))
 
 
+class Stages:
+    """Makes scenes on one database: their groups, which the tables know, are their own."""
+
+    def __init__(self, settings: Settings, nursery: Nursery, directory: Path) -> None:
+        self._make = partial(Scene, settings, nursery, directory)
+
+    def scene(self, *, partitions: int = 2, into: int | None = None) -> Scene:
+        return self._make(partitions=partitions, into=into)
+
+
 @contextmanager
-def open_scene(
-    services: Addresses, template: str, nursery: Nursery, directory: Path, *, partitions: int = 2
-) -> Iterator[Scene]:
-    """A scene whose database is gone at the end."""
+def open_stages(services: Addresses, template: str, directory: Path) -> Iterator[Stages]:
+    """Scenes whose database and processes are gone at the end."""
     source = template.rsplit("/", 1)[1]
-    with database_named(services, f"eo_chain_{uuid.uuid4().hex[:12]}", source=source) as url:
-        yield Scene(make_settings(url, services.bootstrap_servers), nursery, directory, partitions=partitions)
+    with database_named(services, f"eo_chain_{uuid.uuid4().hex[:12]}", source=source) as url, Nursery() as nursery:
+        yield Stages(make_settings(url, services.bootstrap_servers), nursery, directory)
+
+
+@cache
+def admin_client(servers: str) -> AdminClient:
+    return AdminClient({"bootstrap.servers": servers})
+
+
+def create_topics(servers: str, partitions: Mapping[str, int]) -> None:
+    """All at once: one by one they would take longer than most tests."""
+    wanted = [NewTopic(topic, number, 1) for topic, number in partitions.items()]
+    for made in admin_client(servers).create_topics(wanted, request_timeout=20).values():
+        made.result()
 
 
 def _item(n: int) -> Item:

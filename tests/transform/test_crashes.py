@@ -5,14 +5,12 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass
 
 import pytest
 
 from tests.conftest import Addresses
-from tests.consume.nursery import Nursery
-from tests.transform.scene import STAGES, Scene, Stage, open_scene
+from tests.transform.scene import STAGES, Scene, Stage, open_stages
 
 BOUNDARIES = (
     "kafka.polled",
@@ -53,10 +51,9 @@ class Crash:
 def crashed(services: Addresses, template: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Crash]]:
     """All crashes and restarts at once: each restart waits for the group to notice the death, seconds each."""
     directory = tmp_path_factory.mktemp("crashes")
-    with Nursery() as nursery, ExitStack() as stack, ThreadPoolExecutor(4) as pool:
-        scenes = {p: stack.enter_context(open_scene(services, template, nursery, directory)) for p in POINTS}
-        for scene in scenes.values():
-            scene.send(60)
+    with open_stages(services, template, directory) as stages, ThreadPoolExecutor(4) as pool:
+        scenes = {point: stages.scene() for point in POINTS}
+        list(pool.map(lambda scene: scene.send(60), scenes.values()))
         victims = {
             point: scenes[point].spawn(CRASH_AT=at, CRASH_IN=f".{stage}") for point, (at, stage) in POINTS.items()
         }
