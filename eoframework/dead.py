@@ -5,7 +5,8 @@
     page = dead.letters(database, dead.DeadFilter(handler="shop.book"), limit=50)
     dead.replay(app, [letter.id for letter in page.items])
 
-Reading takes a Database, running handlers an App. Every change writes an audit row in its own transaction.
+Reading takes a Database, running handlers an App. Every change writes an audit row in its own transaction. Those of
+transforms are not here: they are in Kafka, in the topic `<group>.dlt`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from eoframework.db.audit import whoever
 from eoframework.db.dead_letter_desk import DeadFilter, DeadGroup, DeadLetter, DeadLetterDesk, LetterGone, Place
 from eoframework.db.lane_desk import LaneDesk, ParkedLane, ParkedMessage
 from eoframework.db.session import Database
+from eoframework.db.transform_desk import TransformDesk
 from eoframework.dead_checks import UNCHANGED, check_replayable, handler_of
 from eoframework.errors import EoError, NotFound
 from eoframework.patience import patiently
@@ -318,6 +320,11 @@ def _asked(database: Database, which: DeadFilter) -> DeadLetterDesk:
             raise NotFound(
                 f"the database knows no consumer {which.handler!r}.",
                 remedy=f"Did you mean {near[0]!r}?" if near else listed,
+            )
+        if TransformDesk(database).only_transform(which.handler):
+            raise NotFound(
+                f"{which.handler} is a transform: what it gave up is in Kafka, in the topic {which.handler}.dlt.",
+                remedy="Read it there, with any consumer.",
             )
     return desk
 

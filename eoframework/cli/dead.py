@@ -42,7 +42,10 @@ def ls(
     no_wait: options.NoWait = False,
     assignments: options.Set = None,
 ) -> None:
-    """List dead letters, the oldest first; or what they died of; or the keys that wait."""
+    """List dead letters, the oldest first; or what they died of; or the keys that wait.
+
+    Those of handlers: a transform's are in Kafka, in the topic <app>.<name>.dlt.
+    """
     if by not in (None, "fingerprint") or (parked and (by or group)):
         raise typer.BadParameter("there is --by fingerprint, for dead letters", param_hint="--by")
     settings = options.start(assignments)

@@ -263,16 +263,23 @@ class Admin:
         where = TopicPartition(topic, partition, offset, metadata=mark)
         asked = [ConsumerGroupTopicPartitions(group, [where])]
         future = self._client.alter_consumer_group_offsets(asked, request_timeout=_TIMEOUT)[group]
-        return self._unless_in_use(future, f"setting the offset of group {group}")
+        what = f"setting the offset of group {group}"
+        if not self._unless_in_use(future, what):
+            return False
+        # Refused for the partition, the call still succeeds as a whole.
+        error = future.result().topic_partitions[0].error
+        if error is not None and error.code() not in _IN_USE:
+            raise self._classified(error, what, topic)
+        return error is None
 
     def delete_group(self, group: str) -> bool:
         """Delete the group and its offsets, if it exists; False while it has members."""
         future = self._client.delete_consumer_groups([group], request_timeout=_TIMEOUT)[group]
-        return self._unless_in_use(future, f"deleting group {group}")
+        return self._unless_in_use(future, f"deleting group {group}", ignore=KafkaError.GROUP_ID_NOT_FOUND)
 
-    def _unless_in_use(self, future: Future[Any], what: str) -> bool:
+    def _unless_in_use(self, future: Future[Any], what: str, *, ignore: int | None = None) -> bool:
         try:
-            self._result(future, what, ignore=KafkaError.GROUP_ID_NOT_FOUND)
+            self._result(future, what, ignore=ignore)
         except EoError as error:
             cause = error.__cause__
             if isinstance(cause, KafkaException) and kafka_error(cause).code() in _IN_USE:

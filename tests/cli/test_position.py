@@ -49,12 +49,14 @@ def test_set_goes_back_and_processed_messages_stay_duplicates(drained: Shell) ->
 
 
 def test_set_moves_a_running_worker(drained: Shell) -> None:
+    """Seen to fail with the partition's error in Kafka's answer ignored: it said that the group's offset was set."""
     process = drained.start("run", APP, "--handler", "book")
     eventually(lambda: process.output().count("claimed") >= 2, "it claims", log=process.log)
     with drained.database.begin("test") as connection:
         connection.exec_driver_sql("DELETE FROM eo.processed_message")
-    drained.run("position", "set", drained.consumer, "0", "earliest")
-    drained.run("position", "set", drained.consumer, "1", "earliest")
+    for partition in ("0", "1"):
+        moved = drained.run("position", "set", drained.consumer, partition, "earliest", "--json")
+        assert not json.loads(moved.stdout)["group_follows"]
     drained.publish(100, 20)
     drained.run("relay", APP, "--once")
     eventually(lambda: drained.scalar("SELECT count(*) FROM booking") == 40, "booked from 0 again", log=process.log)
