@@ -109,8 +109,8 @@ class KafkaCluster:
 
     def _format(self, program: Path) -> None:
         # All or none: the nodes find each other by ids that are made here and that stand in the data of each one.
-        voters = [f"{state.node_id}@127.0.0.1:{state.controller_port}:{_made_id()}" for state in self._states]
-        cluster_id, formatting = _made_id(), []
+        voters = [f"{state.node_id}@127.0.0.1:{state.controller_port}:{made_id()}" for state in self._states]
+        cluster_id, formatting = made_id(), []
         try:
             for node in self.nodes:
                 tool = node.begin_format(program, cluster_id, voters=voters if len(voters) > 1 else [])
@@ -159,7 +159,7 @@ def _counted(brokers: int) -> str:
     return "one broker" if brokers == 1 else f"{brokers} brokers"
 
 
-def _made_id() -> str:
+def made_id() -> str:
     """A new UUID as Kafka writes them."""
     while True:
         made = base64.urlsafe_b64encode(uuid.uuid4().bytes).rstrip(b"=").decode()

@@ -23,8 +23,15 @@ def server_properties(
         "advertised.listeners": listeners,
         "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT",
         "log.dirs": str(data),
+        **behaviour(brokers=len(quorum), session_timeout_ms=session_timeout_ms),
+    }
+
+
+def behaviour(*, brokers: int, session_timeout_ms: int) -> dict[str, str]:
+    """How a node behaves, wherever it runs: all of its configuration but names, addresses and directories."""
+    return {
         "auto.create.topics.enable": "false",
-        **(_ONE_BROKER if len(quorum) == 1 else _THREE_BROKERS),
+        **(_ONE_BROKER if brokers == 1 else _THREE_BROKERS),
         **_SMALL,
         **group_timeouts(session_timeout_ms),
     }
@@ -51,6 +58,9 @@ _THREE_BROKERS = {
     # Longer than alone: three JVMs that start on two processors would give each other up.
     "broker.session.timeout.ms": "3000",
     "broker.heartbeat.interval.ms": "500",
+    # So long a broker waits for a frozen controller to which it has passed a request on (a new topic, a new group's
+    # coordinator) before it looks for the one in charge by now; the client waits with it, by default for 30 s.
+    "request.timeout.ms": "5000",
 }
 _SMALL = {
     # The defaults (50 partitions each) cost a second at every start and a file handle each.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -16,9 +16,11 @@ from tests.processes import eventually
 
 
 @contextmanager
-def three_brokers(directory: Path, *, session_timeout_ms: int = 3000) -> Iterator[Brokers]:
+def three_brokers(
+    directory: Path, *, session_timeout_ms: int = 3000, properties: Mapping[str, str] | None = None
+) -> Iterator[Brokers]:
     """Three brokers and a database server that nobody else uses, for as long as the block lasts."""
-    options = dev.KafkaOptions(brokers=3, session_timeout_ms=session_timeout_ms)
+    options = dev.KafkaOptions(brokers=3, session_timeout_ms=session_timeout_ms, properties=properties or {})
     with dev.start(directory / ".eo", kafka=options) as services:
         yield Brokers(services)
 

@@ -117,7 +117,7 @@ def test_the_frozen_ones_roles_go_to_another(brokers: Brokers, make_topic: MakeT
         frozen = brokers.controller()
         assert frozen in leaders(brokers, plain)
         frozen.pause()
-        assert brokers.awake() == brokers.others(frozen)
+        eventually(lambda: brokers.awake() == brokers.others(frozen), f"{frozen.name} is frozen")
         eventually(
             lambda: frozen not in {*leaders(brokers, plain), *others_in_charge(brokers)},
             f"{frozen.name} is in charge of nothing",

@@ -1,7 +1,7 @@
 """Two of Kafka's requests, on a socket of our own: the client libraries do not offer them.
 
 Who leads the quorum of the controllers: brokers name any of themselves as the "controller" to clients (KIP-590), only
-DescribeQuorum tells (KIP-595), asked where the controllers listen: a broker passes it on to the controller it knows, and
+DescribeQuorum tells (KIP-595), asked where the controllers listen: a broker passes it on to the controller it knows and
 waits there when that is frozen. And FindCoordinator for a transactional id as for a group.
 """
 

@@ -82,7 +82,7 @@ def test_only_the_dead_one_is_started_again(state_dir: Path) -> None:
 
 def test_those_of_another_process_are_not_mixed_with_ours(state_dir: Path) -> None:
     """Two processes that end at different times must not each hold some of the brokers. Seen to fail with the check of
-    `owner` in `_found_running` removed: the first and the third keep their processes.
+    `owner` in `_found_running` removed: the second finds them running, and starts the first broker for itself.
     """
     with dev.start(state_dir, kafka=dev.KafkaOptions(brokers=3)) as first:
         write(first)
