@@ -42,6 +42,11 @@ def commit_probe_transaction(bootstrap_servers: str, *, topic: str, timeout: flo
             f"The broker at {bootstrap_servers} does not commit a probe transaction: {error.args[0].str()}.",
             remedy="Look at the broker's log.",
         ) from error
+    except TimeoutError as error:
+        # The client's own time-out may come a moment after ours.
+        raise Unreachable(
+            f"The broker at {bootstrap_servers} has not answered for {timeout:g} s.", remedy="Look at the broker's log."
+        ) from error
 
 
 def _make_topic(admin: AdminClient, topic: str, timeout: float) -> None:

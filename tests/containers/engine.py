@@ -1,0 +1,187 @@
+"""Where the containers run: the Docker that is there, or else a podman of our own for the length of the tests."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import resource
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from docker import DockerClient
+from docker.errors import DockerException
+
+from eoframework import clock
+from eoframework.dev import cache
+
+PACKAGES = {
+    "podman": "podman",
+    "runc": "runc",
+    "iptables": "iptables",
+    "debootstrap": "debootstrap",
+    "/usr/lib/podman/netavark": "netavark",
+    "/usr/lib/podman/aardvark-dns": "aardvark-dns",
+}
+COMPOSE = "docker-compose"
+_START_SECONDS = 30.0
+
+
+class CannotRun(Exception):
+    """Something these tests need is missing; the text says what, and how it is got."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A Docker API, and the variables by which every client finds it."""
+
+    variables: Mapping[str, str]
+    podman: Podman | None
+    """None: the user's own Docker, which pulls the real images."""
+
+    def client(self) -> DockerClient:
+        return DockerClient.from_env(environment={**os.environ, **self.variables}, timeout=600)
+
+
+class Podman:
+    """podman with an image store of its own, which other containers of this machine do not notice."""
+
+    def __init__(self) -> None:
+        self.home = cache.directory() / "test-containers"
+        self.run = Path("/run/eoframework-test-containers")
+        self.socket = self.run / "podman.sock"
+
+    def command(self, *arguments: str) -> list[str]:
+        """A podman command on our store."""
+        places = ["--root", str(self.home / "store"), "--runroot", str(self.run), "--tmpdir", str(self.run / "tmp")]
+        return ["podman", *places, "--runtime", str(shutil.which("runc")), *arguments]
+
+    def call(self, *arguments: str) -> str:
+        """Run a podman command to its end; returns what it printed."""
+        done = subprocess.run(
+            self.command(*arguments), env=self.environment(), capture_output=True, text=True, check=False
+        )
+        if done.returncode != 0:
+            raise RuntimeError(f"podman {' '.join(arguments)} failed: {done.stderr}")
+        return done.stdout.strip()
+
+    def environment(self) -> dict[str, str]:
+        return {**os.environ, "CONTAINERS_CONF": str(self.home / "containers.conf")}
+
+    @contextmanager
+    def serving(self) -> Iterator[None]:
+        """Its Docker API answers at `socket`; nothing of it is left afterwards, but the images."""
+        for directory in (self.home / "networks", self.run):
+            directory.mkdir(parents=True, exist_ok=True)
+        with (self.home / "lock").open("w") as lock:
+            # Two runs at once would delete each other's containers below.
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            (self.home / "containers.conf").write_text(_configuration(self.home / "networks"))
+            # What a run that was killed left behind.
+            self._clean()
+            service = subprocess.Popen(
+                self.command("system", "service", "-t", "0", f"unix://{self.socket}"),
+                env=self.environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=(self.home / "podman.log").open("w"),
+                stderr=subprocess.STDOUT,
+            )
+            try:
+                self._wait(service)
+                yield
+            finally:
+                self._clean()
+                service.terminate()
+                service.wait(30)
+
+    def _wait(self, service: subprocess.Popen[bytes]) -> None:
+        deadline = clock.monotonic() + _START_SECONDS
+        while not _answers(f"unix://{self.socket}"):
+            if service.poll() is not None or clock.monotonic() > deadline:
+                raise RuntimeError(f"podman does not serve: {(self.home / 'podman.log').read_text()}")
+            clock.sleep(0.1)
+
+    def _clean(self) -> None:
+        self.call("rm", "--all", "--force", "--time", "0", "--volumes")
+        self.call("volume", "prune", "--force")
+        self.call("network", "prune", "--force")
+
+
+@contextmanager
+def running() -> Iterator[Engine]:
+    """A Docker API to test on. Raises CannotRun with the command that installs what is missing."""
+    _need_compose()
+    if _answers(None):
+        yield Engine({}, None)
+        return
+    podman = Podman()
+    _need_podman()
+    with podman.serving():
+        yield Engine({"DOCKER_HOST": f"unix://{podman.socket}"}, podman)
+
+
+def compose() -> list[str]:
+    """The compose command that is there."""
+    plugin = ["docker", "compose"]
+    return plugin if _works([*plugin, "version"]) else [COMPOSE]
+
+
+def _need_compose() -> None:
+    if not _works([*compose(), "version"]):
+        raise _missing([COMPOSE], "neither `docker compose` nor docker-compose works")
+
+
+def _need_podman() -> None:
+    missing = [package for program, package in PACKAGES.items() if shutil.which(program) is None]
+    if missing:
+        raise _missing(missing, f"no Docker daemon answers, and instead of one {', '.join(missing)} would be needed")
+    if os.geteuid() != 0:
+        raise CannotRun(
+            "No Docker daemon answers, and podman with images made by debootstrap needs root. "
+            "Start Docker, set DOCKER_HOST, or run this as root."
+        )
+
+
+def _missing(packages: list[str], why: str) -> CannotRun:
+    return CannotRun(
+        f"{why[0].upper()}{why[1:]}. Start Docker with its compose plugin, or on Debian and Ubuntu: "
+        f"apt-get update && apt-get install --no-install-recommends {' '.join(packages)}"
+    )
+
+
+def _works(command: list[str]) -> bool:
+    try:
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+    except FileNotFoundError:
+        return False
+
+
+def _answers(url: str | None) -> bool:
+    """Whether a Docker API answers there; None: where DOCKER_HOST says, or the default."""
+    try:
+        client = DockerClient(base_url=url) if url else DockerClient.from_env()
+        try:
+            client.ping()
+        finally:
+            client.close()
+    except DockerException:
+        return False
+    return True
+
+
+def _configuration(networks: Path) -> str:
+    """A container may have no more than we may give away: without CAP_SYS_RESOURCE podman's own limits are refused."""
+    limits = [("nofile", resource.RLIMIT_NOFILE, 20_000), ("nproc", resource.RLIMIT_NPROC, 4_096)]
+    quoted = []
+    for name, number, wanted in limits:
+        hard = resource.getrlimit(number)[1]
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        quoted.append(f'"{name}={most}:{most}"')
+    return (
+        f"[containers]\ndefault_ulimits = [{', '.join(quoted)}]\n"
+        '[engine]\ncgroup_manager = "cgroupfs"\nevents_logger = "file"\n'
+        f'[network]\nnetwork_backend = "netavark"\nnetwork_config_dir = "{networks}"\n'
+    )
