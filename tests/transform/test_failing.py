@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterator
 
 import pytest
@@ -37,6 +38,11 @@ def grinding(
         return Flour(n=message.payload.n)
 
     return calls
+
+
+def noise(size: int) -> str:
+    """Text that compression makes little of."""
+    return secrets.token_hex(size // 2)
 
 
 def test_a_failing_message_holds_its_partition_and_no_other(mill: Mill) -> None:
@@ -199,7 +205,7 @@ def test_an_output_that_kafka_refuses_kills_its_input_alone(settings: Settings) 
     @mill.app.transform(mill.grain, to=mill.flour, name="grind", retry=SOON)
     def grind(grain: Grain) -> Flour:
         sent.append(grain.n)
-        return Flour(n=grain.n, text="x" * (5000 if grain.n == 7 else 10))
+        return Flour(n=grain.n, text=noise(5000 if grain.n == 7 else 10))
 
     mill.pour(range(12))
     mill.run_to(12)
@@ -217,7 +223,7 @@ def test_a_dead_letter_that_is_refused_too_stops_everything(settings: Settings) 
 
     @mill.app.transform(mill.grain, to=mill.flour, name="grind", retry=SOON)
     def grind(grain: Grain) -> Flour:
-        return Flour(n=grain.n, text="x" * 3000)
+        return Flour(n=grain.n, text=noise(3000))
 
     mill.pour([1])
     with pytest.raises(FailClosed, match=r"refuses its dead letter too.*Raise max.message.bytes of .*\.dlt"):
