@@ -16,7 +16,7 @@ from collections.abc import Iterable
 
 from eoframework import clock, events
 from eoframework.app import App
-from eoframework.errors import Fenced, HandlerFailed, RestartNeeded, Retryable
+from eoframework.errors import FailClosed, Fenced, HandlerFailed, RestartNeeded, Retryable
 from eoframework.kafka.admin import Admin
 from eoframework.kafka.config import consumer_config, transform_config
 from eoframework.kafka.consumer import GroupConsumer
@@ -314,7 +314,14 @@ class TransformWorker:
 
     def _begin(self, missing: list[int], membership: Membership) -> None:
         """Commit the first offsets of these partitions, as a member: a successor's cannot be moved back by us."""
-        first = self._beginning.missing(self._stream, missing)
+        try:
+            first = self._beginning.missing(self._stream, missing)
+        except FailClosed:
+            # The rows may be younger than the answer: a worker frozen in between sees that its successor has begun,
+            # and none of the offsets it began with. Kafka has the last word.
+            if any(self._where(missing, timeout=_PATIENCE).values()):
+                return
+            raise
         self._transformer.move({p: Stand(offset, Mark()) for p, offset in first.items()}, membership)
 
     # --- now and then ---
