@@ -14,17 +14,24 @@ if TYPE_CHECKING:
     from eoframework.errors import DecodeError as DecodeError
     from eoframework.errors import EncodeError as EncodeError
     from eoframework.errors import EoError as EoError
+    from eoframework.errors import Fenced as Fenced
     from eoframework.errors import HandlerMisuse as HandlerMisuse
+    from eoframework.errors import OutcomeUnknown as OutcomeUnknown
     from eoframework.errors import Reject as Reject
+    from eoframework.errors import Retryable as Retryable
     from eoframework.errors import RetryLater as RetryLater
     from eoframework.external import External as External
     from eoframework.external import ExternalCall as ExternalCall
     from eoframework.external import NotDone as NotDone
     from eoframework.message import Message as Message
+    from eoframework.producer import Producer as Producer
+    from eoframework.producer_transaction import KafkaTransaction as KafkaTransaction
     from eoframework.retry import Breaker as Breaker
     from eoframework.retry import Retry as Retry
     from eoframework.retry import exponential as exponential
     from eoframework.retry import fixed as fixed
+    from eoframework.sent import NotAllSent as NotAllSent
+    from eoframework.sent import Sent as Sent
     from eoframework.topic import Topic as Topic
     from eoframework.transforms import Out as Out
     from eoframework.tx import Tx as Tx
@@ -48,6 +55,14 @@ _HOMES = {
     "BatchItemFailed": "errors",
     "ExternalCall": "external",
     "NotDone": "external",
+    # sending without a database
+    "Producer": "producer",
+    "KafkaTransaction": "producer_transaction",
+    "Sent": "sent",
+    "NotAllSent": "sent",
+    "OutcomeUnknown": "errors",
+    "Retryable": "errors",
+    "Fenced": "errors",
     # errors
     "EoError": "errors",
     "ConfigurationError": "errors",
@@ -74,6 +89,13 @@ __all__ = [  # noqa: RUF022 - in the groups above
     "BatchItemFailed",
     "ExternalCall",
     "NotDone",
+    "Producer",
+    "KafkaTransaction",
+    "Sent",
+    "NotAllSent",
+    "OutcomeUnknown",
+    "Retryable",
+    "Fenced",
     "EoError",
     "ConfigurationError",
     "DeclarationError",

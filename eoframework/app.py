@@ -23,6 +23,7 @@ from eoframework.errors import ConfigurationError, DeclarationError
 from eoframework.external import External
 from eoframework.handlers import Handler, declare
 from eoframework.parts import Part
+from eoframework.producer import Producer
 from eoframework.retry import AfterDead, Breaker, FailurePolicy, Ordering, Retry
 from eoframework.schema import Schema
 from eoframework.settings import Settings
@@ -72,6 +73,7 @@ class App:
         self._settings = settings
         self._database: Database | None = None
         self._outbox: Outbox | None = None
+        self._producer: Producer | None = None
         self._handlers: dict[str, Handler] = {}
         self._transforms: dict[str, Transform] = {}
         self._topics: dict[int, Topic[Any]] = {_identity(topic): topic for topic in topics}
@@ -256,6 +258,28 @@ class App:
         return engine
 
     # --- publishing ---
+
+    @property
+    def producer(self) -> Producer:
+        """Sends to Kafka without a database, in the app's name; made when first asked for.
+
+        On a crash: see `Producer`. Ended by `close()`, else at the end of the process. Raises ConfigurationError.
+        """
+        settings = self.settings
+        with self._lock:
+            if self._producer is None:
+                self._producer = Producer(settings, source=self.name)
+            return self._producer
+
+    def close(self) -> None:
+        """Wait for what `app.producer` has sent, and end it; another one is made if it is asked for again.
+
+        Raises what `Producer.close` raises.
+        """
+        with self._lock:
+            producer, self._producer = self._producer, None
+        if producer is not None:
+            producer.close()
 
     def publish(
         self,

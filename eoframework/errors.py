@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from uuid import UUID
+
 
 class EoError(Exception):
     """Something went wrong; `what` says what and where, `remedy` says what to do."""
@@ -148,3 +150,19 @@ class DecodeError(Permanent):
 
 class EncodeError(Permanent):
     """A payload, key or header cannot be written for its topic; nothing was published."""
+
+
+# --- sending without a database ---
+
+
+class OutcomeUnknown(EoError):
+    """Kafka did not say whether messages were written, and nobody can tell from here: they may be, or not.
+
+    Send them again with the same `id=`: whoever handles them recognises the second copy.
+    """
+
+    def __init__(self, what: str, *, ids: tuple[UUID, ...], topics: tuple[str, ...]) -> None:
+        """ids: of the messages; topics: where they were sent to."""
+        super().__init__(what, remedy="Send again with the same id=, so that a second copy is recognised.")
+        self.ids = ids
+        self.topics = topics

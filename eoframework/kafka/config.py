@@ -73,6 +73,27 @@ def transform_config(settings: Settings, *, transactional_id: str, client_id: st
     }
 
 
+def sending_config(settings: Settings, *, client_id: str) -> dict[str, Any]:
+    """A `Producer`'s idempotent client: a message does not wait for company, which takes it 0.3 ms instead of 6.
+
+    Many at once find company all the same, while the requests before them are under way.
+    """
+    chosen = {"linger.ms", "queue.buffering.max.ms"} & settings.kafka.keys()
+    linger = {} if chosen else {"linger.ms": 0}
+    return producer_config(settings, client_id=client_id) | linger | _compression(settings)
+
+
+def sending_transaction_config(settings: Settings, *, transactional_id: str) -> dict[str, Any]:
+    """A `Producer`'s transactional client."""
+    config = transactional_config(settings, transactional_id=transactional_id, client_id=transactional_id)
+    return config | _compression(settings)
+
+
+def _compression(settings: Settings) -> dict[str, Any]:
+    # Not for the relay: whether a dead letter still exceeds its topic's limit is told from its size before compression.
+    return {} if {"compression.type", "compression.codec"} & settings.kafka.keys() else {"compression.type": "lz4"}
+
+
 def offset_reader_config(settings: Settings, *, group: str) -> dict[str, Any]:
     """A consumer that never joins its group, only asks for its offsets.
 

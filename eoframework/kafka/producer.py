@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from eoframework import clock
 from eoframework.errors import Abortable, ConfigurationError, EoError, Permanent, Retryable
+from eoframework.kafka.delivery import OF_THE_RECORD, Ticket
 from eoframework.kafka.faults import classify, is_topic_trouble, kafka_error
 
 _log = logging.getLogger(__name__)
@@ -18,21 +20,8 @@ _log = logging.getLogger(__name__)
 _FLUSH_SLICE = 0.02
 _FLUSH_DEADLINE = 30.0
 
-# Only these are about a record itself. Any other code, known or new, is taken for the client's or the cluster's
-# trouble: were it taken for the record's, a broken client would fill the dead letters with innocent messages.
-_OF_THE_RECORD = frozenset(
-    {
-        KafkaError.MSG_SIZE_TOO_LARGE,
-        KafkaError.RECORD_LIST_TOO_LARGE,
-        KafkaError.INVALID_RECORD,
-        KafkaError.INVALID_TIMESTAMP,
-        KafkaError.POLICY_VIOLATION,
-        KafkaError.UNSUPPORTED_FOR_MESSAGE_FORMAT,
-        KafkaError.TOPIC_EXCEPTION,
-        KafkaError._INVALID_ARG,
-        KafkaError._BAD_MSG,
-    }
-)
+# A request carries more than its records; the limit of a topic counts that too.
+REQUEST_SHARE = 0.97
 # What a failing transaction does to the messages that waited in it: an effect, never the cause.
 _PURGED = frozenset({KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT})
 
@@ -56,31 +45,34 @@ class Outgoing(NamedTuple):
     value: bytes | None
     headers: list[tuple[str, str | bytes | None]]
     partition: int = -1
+    ticket: Ticket | None = None
+    """Told what became of it, by a producer with `reports`."""
 
 
 class BatchProducer:
     """An idempotent producer used batch by batch, from one thread."""
 
-    def __init__(self, config: Mapping[str, Any], *, stopping: Callable[[], bool]) -> None:
+    def __init__(self, config: Mapping[str, Any], *, stopping: Callable[[], bool], reports: bool = False) -> None:
         self._stopping = stopping
+        self._reports = reports
         self._first_fault: tuple[KafkaError, str | None] | None = None
         self._faults = 0
         self.trouble = ""
         self.broken = False
-        # Only failures are reported: 2,000 callbacks a batch that say "fine" would cost more than the batch.
-        only_faults = {"delivery.report.only.error": True, "on_delivery": self._on_delivery, "error_cb": self._on_error}
+        # By default only failures: 2,000 callbacks a batch that say "fine" would cost more than the batch.
+        only_faults = {"delivery.report.only.error": not reports}
+        told = {"on_delivery": self._on_delivery, "error_cb": self._on_error}
         try:
-            self.client = Producer({**config, **only_faults})
+            self.client = Producer({**config, **only_faults, **told})
         except KafkaException as error:
             text = kafka_error(error).str()
             raise ConfigurationError(f"Kafka's settings: {text}.", remedy="Correct EO_KAFKA_*.") from error
 
     def send(self, records: Iterable[Outgoing]) -> None:
         """Queue records, in their order. Raises Rejected when the client itself refuses one."""
-        produce = self.client.produce
         for record in records:
             try:
-                produce(record.topic, record.value, record.key, record.partition, headers=record.headers)
+                self._produce(record)
             except BufferError:
                 self._send_when_there_is_room(record)
             except (KafkaException, TypeError, ValueError) as error:
@@ -91,12 +83,23 @@ class BatchProducer:
             self._flush_slice()
             self._raise_fault()
             try:
-                self.client.produce(record.topic, record.value, record.key, record.partition, headers=record.headers)
+                self._produce(record)
                 return
             except BufferError:
                 continue
             except (KafkaException, TypeError, ValueError) as error:
                 raise self._refused(error, record.topic) from error
+
+    def _produce(self, record: Outgoing) -> None:
+        told = None if record.ticket is None else partial(self._tell, record.ticket)
+        self.client.produce(
+            record.topic, record.value, record.key, record.partition, on_delivery=told, headers=record.headers
+        )
+
+    def _tell(self, ticket: Ticket, error: KafkaError | None, message: Message) -> None:
+        self._on_delivery(error, message)
+        if error is None or error.code() not in _PURGED:
+            ticket(error, message)
 
     def _refused(self, error: Exception, topic: str) -> EoError:
         if isinstance(error, KafkaException):
@@ -172,7 +175,7 @@ class BatchProducer:
 def _fault(error: KafkaError, topic: str | None) -> EoError:
     what = f"sending to {topic}"
     trouble = is_topic_trouble(error)
-    if trouble or error.code() in _OF_THE_RECORD:
+    if trouble or error.code() in OF_THE_RECORD:
         text = f"{what}: {error.name()}: {error.str()}."
         return Rejected(text, topic=topic, topic_trouble=trouble, kind=error.name())
     found = classify(error, what)

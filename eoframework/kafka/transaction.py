@@ -51,12 +51,15 @@ class TransactionalProducer:
         *,
         may_open: Callable[[], None] = _always,
         stopping: Callable[[], bool] = lambda: False,
+        reports: bool = False,
     ) -> None:
         """`may_open` is asked before every `init_transactions()` and raises when this process is no longer the owner:
 
         a stale owner's new producer would otherwise fence the rightful one, and the two take turns for ever.
+        reports: every record's ticket is told where it stands, at a cost per record.
         """
         self._config = dict(config)
+        self._reports = reports
         self._may_open = may_open
         self._stopping = stopping
         self._name = str(config["transactional.id"])
@@ -77,7 +80,7 @@ class TransactionalProducer:
             return
         self._discard()
         self._may_open()
-        producer = BatchProducer(self._config, stopping=self._stopping)
+        producer = BatchProducer(self._config, stopping=self._stopping, reports=self._reports)
         events.emit("kafka.producer.opening", transactional_id=self._name)
         try:
             self._initialise(producer)
@@ -97,6 +100,10 @@ class TransactionalProducer:
     def send(self, records: Iterable[Outgoing]) -> None:
         """Queue records, in their order, in the open transaction."""
         self._ready().send(records)
+
+    def flush(self) -> None:
+        """Wait until Kafka has confirmed all that was sent. Whoever fails here knows that nothing was committed."""
+        self._ready().flush()
 
     def send_offsets(self, topic: str, offsets: Mapping[int, tuple[int, str]], membership: Membership) -> None:
         """Move the group's offsets (partition -> offset, metadata) with this transaction, after all of it is confirmed.

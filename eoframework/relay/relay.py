@@ -25,7 +25,7 @@ from eoframework.errors import Abortable, Fenced, RestartNeeded, Retryable
 from eoframework.failures import MAX_ERROR, clean
 from eoframework.kafka.checkpoint import CheckpointLog, CheckpointPlace
 from eoframework.kafka.config import producer_config, transactional_config
-from eoframework.kafka.producer import IdempotentProducer, Outgoing, Rejected
+from eoframework.kafka.producer import REQUEST_SHARE, IdempotentProducer, Outgoing, Rejected
 from eoframework.kafka.transaction import TransactionalProducer
 from eoframework.lifecycle import Backoff
 from eoframework.relay.recovery import settle
@@ -38,8 +38,6 @@ _log = logging.getLogger(__name__)
 _MAX_BYTES = 16 * 1024 * 1024
 _POLL_FIRST = 0.001
 _POLL_LONGEST = 10.0
-# A request carries more than its records; the limit of a topic counts that too.
-_REQUEST_SHARE = 0.97
 
 
 class Sender(Protocol):
@@ -124,7 +122,7 @@ class ShardRelay:
         self._poll_delay = _POLL_FIRST
         limits = {topic: self._topics.limit(topic) for topic in {row.topic for row in rows}}
         known = [size for size in limits.values() if size is not None]
-        if known and self._sender.limit_request(int(min(known) * _REQUEST_SHARE)):
+        if known and self._sender.limit_request(int(min(known) * REQUEST_SHARE)):
             return 0.0
         sendable = [row for row in rows if limits[row.topic] is not None]
         if sendable:
