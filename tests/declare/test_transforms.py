@@ -148,6 +148,14 @@ def test_annotations_of_what_is_returned_that_fit() -> None:
         declared(function, to=both)
     for function, to in ((one_of, events), (union, events), (tomb, tombs), (note, notes), (numbered, numbers)):
         declared(function, to=to)
+
+    class Local(Order):
+        pass
+
+    def local(m: Message[Local]) -> list[Local]: ...  # type: ignore[empty-body]
+
+    declared_here = App("stock")
+    declared_here.transform(Topic("from", Local), to=Topic("to", Local))(local)
     # The more exact of two that could take it.
     assert declared(stock, to=[anything, stocks]).target_of(STOCK) is stocks
 
@@ -320,11 +328,21 @@ def test_several_topics_have_one_order_in_all_processes() -> None:
 # --- calling ---
 
 
+def called(transform: Transform) -> list[Any]:
+    """What it makes of `message`, called as the worker calls it."""
+    return transform.results(transform.function(message if transform.takes_messages else message.payload))
+
+
+def called_with_two(transform: Transform) -> list[list[Any]]:
+    given = message if transform.takes_messages else message.payload
+    return [transform.results(one) for one in transform.call_batch([given, given])]
+
+
 def results(returned: Any, **options: Any) -> list[Any]:
     def function(order: Order):  # type: ignore[no-untyped-def]
         return returned
 
-    return declared(function, **options).call(message)
+    return called(declared(function, **options))
 
 
 def test_whatever_holds_results_is_taken_apart() -> None:
@@ -342,7 +360,7 @@ def test_whatever_holds_results_is_taken_apart() -> None:
         yield STOCK
         yield STOCK
 
-    assert declared(yields).call(message) == [STOCK, STOCK]
+    assert called(declared(yields)) == [STOCK, STOCK]
 
 
 def test_it_is_called_with_what_it_asks_for() -> None:
@@ -362,10 +380,10 @@ def test_it_is_called_with_what_it_asks_for() -> None:
         seen.append(batch)
         return [STOCK, Out(stocks, STOCK)]
 
-    declared(payload).call(message)
-    declared(whole).call(message)
-    assert declared(batch).call_batch([message, message]) == [[], [STOCK]]
-    assert declared(batch_of_messages).call_batch([message, message]) == [[STOCK], [Out(stocks, STOCK)]]
+    called(declared(payload))
+    called(declared(whole))
+    assert called_with_two(declared(batch)) == [[], [STOCK]]
+    assert called_with_two(declared(batch_of_messages)) == [[STOCK], [Out(stocks, STOCK)]]
     assert seen == [message.payload, message, [message.payload] * 2, [message] * 2]
 
 
@@ -376,7 +394,7 @@ def test_a_batch_needs_one_entry_for_each_message() -> None:
             return returned  # noqa: B023 - called in this round
 
         with pytest.raises(HandlerMisuse, match=r"for 2 messages.*one entry for each"):
-            declared(batch).call_batch([message, message])
+            called_with_two(declared(batch))
 
 
 def test_code_that_has_not_run_is_no_result() -> None:
@@ -394,7 +412,7 @@ def test_code_that_has_not_run_is_no_result() -> None:
             return unfinished(order)  # noqa: B023 - called in this round
 
         with pytest.raises(HandlerMisuse, match="its code has not run"):
-            declared(wrapped).call(message)
+            called(declared(wrapped))
 
 
 def test_what_a_generator_returns_at_its_end_is_not_lost_silently() -> None:
@@ -405,7 +423,7 @@ def test_what_a_generator_returns_at_its_end_is_not_lost_silently() -> None:
         return STOCK
 
     with pytest.raises(HandlerMisuse, match=r"a Stock that nobody would get.*Yield it"):
-        declared(yields).call(message)
+        called(declared(yields))
 
 
 # --- where results go ---
