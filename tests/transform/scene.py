@@ -113,6 +113,12 @@ class Scene:
         finally:
             consumer.close()
 
+    def members(self, stage: Stage) -> list[str]:
+        """The client ids of the group's members."""
+        group = self.groups[stage]
+        told = admin_client(self.servers).describe_consumer_groups([group], request_timeout=10)[group].result()
+        return [str(member.client_id) for member in told.members]
+
     def ends(self, topic: str, *, stable: bool) -> dict[int, int]:
         """Where each partition ends for read_committed readers (`stable`), or for others."""
         level = IsolationLevel.READ_COMMITTED if stable else IsolationLevel.READ_UNCOMMITTED
