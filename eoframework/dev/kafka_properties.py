@@ -60,7 +60,7 @@ _THREE_BROKERS = {
     "broker.heartbeat.interval.ms": "500",
     # So long a broker waits for a frozen controller to which it has passed a request on (a new topic, a new group's
     # coordinator) before it looks for the one in charge by now; the client waits with it, by default for 30 s.
-    "request.timeout.ms": "5000",
+    "controller.socket.timeout.ms": "5000",
 }
 _SMALL = {
     # The defaults (50 partitions each) cost a second at every start and a file handle each.
