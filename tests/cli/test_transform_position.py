@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from confluent_kafka import Consumer, ConsumerGroupTopicPartitions, Producer, TopicPartition
-from confluent_kafka.admin import AdminClient
+from confluent_kafka import Consumer, ConsumerGroupTopicPartitions, IsolationLevel, Producer, TopicPartition
+from confluent_kafka.admin import AdminClient, OffsetSpec
 
 from eoframework.db import audit
 from eoframework.transform.mark import Mark
@@ -72,7 +72,16 @@ class Press:
 
     def out(self) -> list[int]:
         """What was sent, by any run, in the order of the topic."""
+        # A commit is confirmed before its markers are in the topics: without them a reader sees its end too early.
+        eventually(lambda: self._end(stable=True) == self._end(stable=False), "the last transaction to be seen")
         return [json.loads(message.value() or b"")["order_id"] for message in read_topic(self.servers, self.pressed)]
+
+    def _end(self, *, stable: bool) -> int:
+        level = IsolationLevel.READ_COMMITTED if stable else IsolationLevel.READ_UNCOMMITTED
+        where = TopicPartition(self.pressed, 0)
+        return int(
+            self.client.list_offsets({where: OffsetSpec.latest()}, isolation_level=level)[where].result(10).offset
+        )
 
     def audited(self) -> audit.AuditEntry | None:
         database = self.shell.database
