@@ -18,12 +18,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from eoframework import dev
-from eoframework.dev import processes, stack
+from eoframework.dev import docker_stack, processes, stack
 from eoframework.dev.kafka import NUMBERS_OF_BROKERS
 from eoframework.errors import EoError, NotFound
 
 app = typer.Typer(
-    no_args_is_help=True, help="A real Kafka broker and a real PostgreSQL server for development, without Docker."
+    no_args_is_help=True,
+    help="A real Kafka broker and a real PostgreSQL server for development, without Docker (or with it: up --docker).",
 )
 
 StateDirectory = Annotated[
@@ -50,6 +51,12 @@ KafkaPort = Annotated[
     typer.Option(help="Kafka's port (default: a free one); of three brokers the first one's.", min=1, max=65535),
 ]
 PostgresPort = Annotated[int | None, typer.Option(help="PostgreSQL's port (default: a free one).", min=1, max=65535)]
+Docker = Annotated[
+    bool,
+    typer.Option(
+        "--docker", help="In containers, by docker-compose.yml; remembered for this directory until `eo dev reset`."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 DEFAULT = stack.DEFAULT_STATE_DIRECTORY
 
@@ -60,18 +67,11 @@ def up(
     brokers: Brokers = None,
     kafka_port: KafkaPort = None,
     postgres_port: PostgresPort = None,
+    docker: Docker = False,
     as_json: Json = False,
 ) -> None:
     """Start Kafka and PostgreSQL, or find the running ones, and print the two settings: `eval "$(eo dev up)"`."""
-    with _Screen() as screen:
-        services = dev.start(
-            state_dir,
-            kafka=dev.KafkaOptions(brokers=brokers, port=kafka_port),
-            postgres=dev.PostgresOptions(port=postgres_port),
-            bound_to_parent=False,
-            watcher=screen,
-        )
-        screen.done(services)
+    services = _started(state_dir, brokers, kafka_port, postgres_port, in_containers=docker, bound_to_parent=False)
     if as_json:
         document = {**services.environment(), "found_running": services.found_running, "log_directory": str(state_dir)}
         typer.echo(json.dumps(document))
@@ -83,14 +83,14 @@ def up(
 @app.command()
 def down(state_dir: StateDirectory = DEFAULT) -> None:
     """Stop all services; their data stay."""
-    stopped = dev.down(state_dir)
+    stopped = docker_stack.down(state_dir) if docker_stack.chosen(state_dir) else dev.down(state_dir)
     typer.echo("Stopped; the data are kept." if stopped else "Nothing was running.", err=True)
 
 
 @app.command()
 def status(state_dir: StateDirectory = DEFAULT, as_json: Json = False) -> None:
     """Tell what runs; exit 0 when all services do, 69 otherwise."""
-    found = dev.status(state_dir)
+    found = docker_stack.status(state_dir) if docker_stack.chosen(state_dir) else dev.status(state_dir)
     if as_json:
         typer.echo(json.dumps({service.name: asdict(service) for service in found}))
     else:
@@ -103,7 +103,7 @@ def status(state_dir: StateDirectory = DEFAULT, as_json: Json = False) -> None:
 @app.command()
 def reset(state_dir: StateDirectory = DEFAULT) -> None:
     """Stop all services and delete their data."""
-    deleted = dev.reset(state_dir)
+    deleted = docker_stack.reset(state_dir) if docker_stack.chosen(state_dir) else dev.reset(state_dir)
     typer.echo("Stopped and deleted." if deleted else "There was nothing to delete.", err=True)
 
 
@@ -117,22 +117,49 @@ def run(
 ) -> None:
     """Run a command with the services for as long as it lives; exits with its exit code.
 
-    The services end with it, however this process ends; services that ran before are used and left running.
+    The services end with it, however this process ends (containers: unless it is killed); services that ran before are
+    used and left running.
     """
     program = shutil.which(command[0])
     if program is None:
         raise NotFound(f"The command {command[0]!r} is not found.", remedy="Check its name and PATH.")
+    services = _started(state_dir, brokers, kafka_port, postgres_port, in_containers=False, bound_to_parent=True)
+    with services:
+        code = _run_in_foreground([program, *command[1:]], services.environment())
+    raise typer.Exit(code)
+
+
+def _started(
+    state_dir: Path,
+    brokers: int | None,
+    kafka_port: int | None,
+    postgres_port: int | None,
+    *,
+    in_containers: bool,
+    bound_to_parent: bool,
+) -> dev.Services | docker_stack.ContainerServices:
     with _Screen() as screen:
+        if docker_stack.chosen(state_dir, asked=in_containers):
+            if brokers not in (None, 1):
+                raise typer.BadParameter("containers offer one broker; leave --docker out for three.")
+            contained = docker_stack.start(
+                state_dir, kafka_port=kafka_port, postgres_port=postgres_port, watcher=screen
+            )
+            where = f"containers of {contained.project}"
+            screen.running("Kafka and PostgreSQL", where, already=contained.found_running)
+            return contained
         services = dev.start(
             state_dir,
             kafka=dev.KafkaOptions(brokers=brokers, port=kafka_port),
             postgres=dev.PostgresOptions(port=postgres_port),
+            bound_to_parent=bound_to_parent,
             watcher=screen,
         )
-        screen.done(services)
-    with services:
-        code = _run_in_foreground([program, *command[1:]], services.environment())
-    raise typer.Exit(code)
+        nodes = len(services.cluster.nodes)
+        kafka = "Kafka" if nodes == 1 else f"{nodes} Kafka brokers"
+        where = f"state in {services.directory.path}"
+        screen.running(f"{kafka} and PostgreSQL", where, already=services.found_running)
+        return services
 
 
 def _run_in_foreground(command: list[str], environment: dict[str, str]) -> int:
@@ -157,7 +184,10 @@ def _line(service: dev.ServiceStatus) -> str:
     line = f"{service.name:<9} {service.state:<8}"
     if service.state == "dead":
         return f"{line} {service.cause}  (log {service.log}; `eo dev up` starts it again)"
-    return f"{line} port {service.port}, pid {service.pid}, log {service.log}" if service.pid else line
+    if service.state == "stopped":
+        return line
+    process = f"pid {service.pid}" if service.pid else "a container"
+    return f"{line} port {service.port}, {process}, log {service.log}"
 
 
 class _Screen:
@@ -208,11 +238,9 @@ class _Screen:
                     typer.echo(f"downloading Kafka's jars, {total / 1e6:.0f} MB, once per user …", err=True)
             self._progress.update(self._download, completed=done, size=f"{done / 1e6:.0f}/{total / 1e6:.0f} MB")
 
-    def done(self, services: dev.Services) -> None:
-        """Say where the services are."""
-        how = "already running" if services.found_running else "running"
-        kafka = "Kafka" if len(services.cluster.nodes) == 1 else f"{len(services.cluster.nodes)} Kafka brokers"
-        typer.echo(f"{kafka} and PostgreSQL are {how} (state in {services.directory.path}).", err=True)
+    def running(self, what: str, where: str, *, already: bool) -> None:
+        """Say that the services run, and where."""
+        typer.echo(f"{what} are {'already running' if already else 'running'} ({where}).", err=True)
 
 
 def main() -> NoReturn:
