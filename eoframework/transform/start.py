@@ -12,7 +12,7 @@ from typing import Protocol
 from uuid import UUID
 
 from eoframework.db.position import Positions, Stream
-from eoframework.db.session import Database
+from eoframework.db.session import Connection, Database
 from eoframework.db.transform_starts import PlannedStart, TransformStarts
 from eoframework.errors import FailClosed
 from eoframework.identity import deleted_topic, other_cluster, refuse_renamed, topic_recreated
@@ -67,8 +67,7 @@ class Beginning:
     def missing(self, stream: Stream, partitions: Collection[int]) -> dict[int, int]:
         """Where partitions begin in which the group has no offset. Raises FailClosed if it once had one."""
         with self._database.brief(f"{stream.consumer}: where it begins") as connection:
-            rows = self._starts.known(connection, consumer_id=stream.consumer_id, topic=stream.topic)
-            known = {row.partition: row for row in rows if row.topic_id == stream.topic_id}
+            known = self._known(connection, stream) or self._start_over(connection, stream)
             lost = sorted(p for p in partitions if p in known and known[p].begun)
             if lost:
                 raise self._lost(stream, lost)
@@ -101,6 +100,18 @@ class Beginning:
 
         return same
 
+    def _known(self, connection: Connection, stream: Stream) -> dict[int, PlannedStart]:
+        rows = self._starts.known(connection, consumer_id=stream.consumer_id, topic=stream.topic)
+        return {row.partition: row for row in rows if row.topic_id == stream.topic_id}
+
+    def _start_over(self, connection: Connection, stream: Stream) -> dict[int, PlannedStart]:
+        """`eo position forget` came after our registration: a first start again, which at 0 would ignore `start`."""
+        self._positions.register(connection, name=stream.consumer, topic=stream.topic)
+        partitions = self._cluster.describe(stream.topic).partitions
+        self._starts.plan(connection, stream, self._first_offsets(partitions))
+        self._begun.clear()
+        return self._known(connection, stream)
+
     def _first_offsets(self, partitions: int) -> dict[int, int]:
         group, topic = self._transform.group, self._transform.topic.name
         there = self._cluster.group_offsets(group, topic)
@@ -124,6 +135,6 @@ class Beginning:
             f"{stream.consumer}: group {stream.consumer!r} has no offsets any more in {stream.topic}, partitions "
             f"{', '.join(map(str, partitions))}: they expired or were deleted. To begin anew would send again what was "
             "sent.",
-            remedy="Set them where it is to go on (kafka-consumer-groups --reset-offsets). To send everything again: "
-            f"eo position forget {stream.consumer}",
+            remedy=f"Say for each where it is to go on: eo position set {stream.consumer} PARTITION OFFSET (or "
+            f"kafka-consumer-groups --reset-offsets). To send everything again: eo position forget {stream.consumer}",
         )

@@ -109,7 +109,8 @@ def lost(press: Press) -> None:
     assert "its offset is lost" in press.shell.run("position", "show", press.group).stdout
     said = press.run(code=70)
     assert "has no offsets any more" in said
-    assert press.group in said
+    assert f"eo position set {press.group} PARTITION OFFSET (or kafka-consumer-groups --reset-offsets)" in said
+    assert f"eo position forget {press.group}" in said
 
 
 # --- show ---
@@ -146,7 +147,7 @@ def test_handlers_are_shown_without_kafka(press: Press) -> None:
 
 
 def test_set_moves_a_stopped_transform_with_fresh_counts_and_an_audit_row(press: Press) -> None:
-    """Seen to fail without the mark in set_group_offset: the attempts of another message stayed."""
+    """Seen to fail without the mark in set_group_offset: the offset looked like one that another tool had set."""
     stale = Mark(attempts=5).encode()
     assert press.shell.admin.set_group_offset(press.group, press.shell.orders, 0, 10, mark=stale)
     moved = press.position("set", "0", "7")
@@ -192,7 +193,7 @@ def test_what_cannot_be_set(press: Press) -> None:
 
 
 def test_a_partition_that_was_set_has_begun(press: Press) -> None:
-    """Seen to fail without `_BEGUN` in the desk: with its offset deleted, it began at 0 without a word."""
+    """Seen to fail without `_BEGUN` in the desk: it was still taken for one that had never begun."""
     press.shell.admin.delete_group(press.group)
     press.execute("UPDATE eo.transform_start SET begun = false")
     press.position("set", "1", "4")
