@@ -18,7 +18,7 @@ from eoframework.dev import processes
 ROOT = Path(dev.__file__).parents[2]
 
 
-def eo_dev(*arguments: str | Path, start_new_session: bool = False) -> subprocess.Popen[str]:
+def eo_dev(*arguments: str | Path | int, start_new_session: bool = False) -> subprocess.Popen[str]:
     """`eo dev …` as a process of its own."""
     return subprocess.Popen(
         [sys.executable, "-m", "eoframework.cli.dev", *map(str, arguments)],
