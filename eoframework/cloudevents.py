@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from datetime import UTC, datetime
+from functools import lru_cache
 from uuid import UUID
 
 from eoframework.message import Headers, parse_id
@@ -14,7 +15,10 @@ from eoframework.message import Headers, parse_id
 MESSAGE_ID = "message-id"
 RESERVED = frozenset({MESSAGE_ID, "content-type"})
 RESERVED_PREFIX = "ce_"
-_TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+TRACEPARENT = "traceparent"
+_LENGTH = len(TRACEPARENT)
+_IS_TRACE = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}").fullmatch
+_SPECVERSION = ("ce_specversion", b"1.0")
 
 MAX_ID_BYTES = 1024
 MAX_HEADERS = 1000
@@ -24,6 +28,40 @@ def is_reserved(name: str) -> bool:
     """Whether a header is ours to write; asked without regard to case, since readers differ in that."""
     lowered = name.lower()
     return lowered in RESERVED or lowered.startswith(RESERVED_PREFIX)
+
+
+class Envelope:
+    """The headers of records that share source, type and media type: what they have in common is encoded once."""
+
+    def __init__(self, source: str, type: str, content_type: str) -> None:  # noqa: A002 - the CloudEvents attribute
+        self._source = ("ce_source", source.encode())
+        self._type = ("ce_type", type.encode())
+        self._content_type = ("content-type", content_type.encode())
+
+    def headers(
+        self, identity: bytes, time: bytes, traceparent: bytes | None, own: Headers = ()
+    ) -> list[tuple[str, bytes | None]]:
+        """CloudEvents attributes, `message-id`, then the publisher's own.
+
+        `message-id` repeats `ce_id`: so a reader knows that the id was made to be unique by itself (`incoming_id`).
+        """
+        made: list[tuple[str, bytes | None]] = [
+            _SPECVERSION,
+            ("ce_id", identity),
+            self._source,
+            self._type,
+            ("ce_time", time),
+            self._content_type,
+            (MESSAGE_ID, identity),
+        ]
+        if traceparent is not None and not (own and any(name.lower() == TRACEPARENT for name, _ in own)):
+            made.append((TRACEPARENT, traceparent))
+        if own:
+            made += own
+        return made
+
+
+envelope = lru_cache(maxsize=1000)(Envelope)
 
 
 def outgoing_headers(
@@ -36,23 +74,14 @@ def outgoing_headers(
     headers: Headers = (),
     traceparent: str | None = None,
 ) -> list[tuple[str, bytes | None]]:
-    """The headers of a record the relay writes: CloudEvents attributes, `message-id`, then the publisher's own.
+    """The headers of a record that was an outbox message; see Envelope."""
+    trace = None if traceparent is None else traceparent.encode()
+    return envelope(source, type, content_type).headers(str(id).encode(), event_time(time), trace, headers)
 
-    `message-id` repeats `ce_id`: so a reader knows that the id was made to be unique by itself (`incoming_id`).
-    """
-    identity = str(id).encode()
-    own: list[tuple[str, bytes | None]] = [
-        ("ce_specversion", b"1.0"),
-        ("ce_id", identity),
-        ("ce_source", source.encode()),
-        ("ce_type", type.encode()),
-        ("ce_time", time.astimezone(UTC).isoformat().encode()),
-        ("content-type", content_type.encode()),
-        (MESSAGE_ID, identity),
-    ]
-    if traceparent is not None and not any(name.lower() == "traceparent" for name, _ in headers):
-        own.append(("traceparent", traceparent.encode()))
-    return own + list(headers)
+
+def event_time(time: datetime) -> bytes:
+    """A time as `ce_time` has it."""
+    return time.astimezone(UTC).isoformat().encode()
 
 
 def incoming_id(headers: Headers, *, topic: str) -> UUID | None:
@@ -92,9 +121,10 @@ def _is_canonical(text: str) -> bool:
         return False
 
 
-def traceparent_of(headers: Headers) -> str | None:
+def traceparent_of(headers: Headers) -> bytes | None:
     """The trace context a message came with; a malformed one is as good as none. Source: W3C Trace Context, 3.2."""
     for name, value in headers:
-        if name.lower() == "traceparent" and value is not None and _TRACEPARENT.fullmatch(value):
-            return value.decode()
+        # Its length first: all headers of every message pass here.
+        if len(name) == _LENGTH and name.lower() == TRACEPARENT and value is not None and _IS_TRACE(value):
+            return value
     return None

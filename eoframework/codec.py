@@ -47,11 +47,11 @@ class JsonCodec:
             raise TypeError(f"expected {' or '.join(one.__name__ for one in self._classes)}")
         if self._required and not self._required <= payload.keys():
             raise TypeError(f"missing: {', '.join(sorted(self._required - payload.keys()))}")
-        # The aliases are what decode expects.
-        return self._adapter.dump_json(payload, warnings="error", by_alias=True)
+        # The aliases are what decode expects. The adapter's own methods only pass arguments on, for 0.4 us each.
+        return self._adapter.serializer.to_json(payload, warnings="error", by_alias=True)
 
     def decode(self, data: bytes) -> Any:
-        return self._adapter.validate_json(data)
+        return self._adapter.validator.validate_json(data)
 
 
 class BytesCodec:

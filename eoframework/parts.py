@@ -47,6 +47,11 @@ def headers(given: Mapping[str, str | bytes] | None, topic: str) -> Headers:
     return tuple((_header_name(name, topic), _header_value(name, value, topic)) for name, value in given.items())
 
 
+def size_of(given: Headers) -> int:
+    """The bytes that headers take in a record, at most."""
+    return sum(len(name.encode()) + len(value or b"") + 8 for name, value in given)
+
+
 def _header_name(name: str, topic: str) -> str:
     if cloudevents.is_reserved(name):
         raise EncodeError(

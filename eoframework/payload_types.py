@@ -41,10 +41,11 @@ def has_field(payload_type: Any, name: str) -> bool:
     return all(_member_has(member, name) for member in members(payload_type))
 
 
-def type_name(payload: object, payload_type: Any) -> str | None:
-    """The name of what `payload` is: its class, or the one TypedDict declared; None for dicts, bytes and the like."""
-    if dataclasses.is_dataclass(payload) or hasattr(type(payload), "model_fields"):
-        return type(payload).__name__
+def type_name(kind: type, payload_type: Any) -> str | None:
+    """The name of what payloads of class `kind` are: the class's own, or the one TypedDict declared; None for dicts,
+    bytes and the like."""
+    if dataclasses.is_dataclass(kind) or hasattr(kind, "model_fields"):
+        return kind.__name__
     known = members(payload_type)
     return str(known[0].__name__) if len(known) == 1 and is_typeddict(known[0]) else None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
+from operator import attrgetter
 from typing import Any, Generic, NoReturn, overload
 from uuid import UUID
 
@@ -15,7 +16,7 @@ from eoframework.codec import BytesCodec, Codec, JsonCodec
 from eoframework.errors import DeclarationError, DecodeError, EncodeError
 from eoframework.message import Message, OutboxMessage, Record, new_id, parse_id
 from eoframework.parts import Part
-from eoframework.payload_types import has_field, members, takes_none, type_name, unwrap
+from eoframework.payload_types import has_field, members, record_classes, takes_none, type_name, unwrap
 from eoframework.where import declaring_frame, location
 
 T = TypeVar("T")
@@ -116,7 +117,7 @@ class Topic(Generic[T]):
 
     def decode(self, record: Record) -> Message[T]:
         """The message in a record. Raises DecodeError: it concerns this record alone."""
-        payload = self._decode_value(record)
+        payload = self.decode_payload(record)
         message_id = cloudevents.incoming_id(record.headers, topic=self.name)
         if message_id is None and self._id is not None and payload is not None:
             message_id = self._read_id(payload, record)
@@ -149,21 +150,22 @@ class Topic(Generic[T]):
 
         Raises EncodeError: nothing was published.
         """
-        value = self._encode_value(payload)
+        value = self.encode_payload(payload)
         message = OutboxMessage(
-            id=self._choose_id(payload, id) or default_id or new_id(),
+            id=self.choose_id(payload, id) or default_id or new_id(),
             topic=self.name,
-            key=self._encode_key(payload, key),
+            key=self.encode_key(payload, key),
             payload=value,
-            type=type_name(payload, self.payload_type) or self.name,
+            type=self.type_of(type(payload)),
             source=source,
-            content_type=self._codec.content_type,
+            content_type=self.content_type,
             headers=parts.headers(headers, self.name),
             deliver_at=parts.due(delay, deliver_at, self.name),
             ordered=self.ordered,
             traceparent=traceparent,
         )
-        self._check_size(message)
+        size = self.size_of_headers(source, message.type) + parts.size_of(message.headers)
+        self.check_size(message.key, message.payload, size)
         return message
 
     # --- declaring ---
@@ -203,14 +205,17 @@ class Topic(Generic[T]):
                 f"{what}={how!r} is no field of {unwrap(self.payload_type)!r}.",
                 f"Give the name of a field that every payload has, or a function: {what}=lambda payload: ...",
             )
-        return _field_reader(how)
+        # The codec takes nothing else then: no need to ask each payload whether it is a mapping.
+        objects = isinstance(self._codec, JsonCodec) and record_classes(self.payload_type)
+        return attrgetter(how) if objects else _field_reader(how)
 
     def _refuse(self, what: str, remedy: str, cause: Exception | None = None) -> NoReturn:
         raise DeclarationError(f"{self.where}: Topic({self.name!r}): {what}", remedy=remedy) from cause
 
     # --- reading ---
 
-    def _decode_value(self, record: Record) -> Any:
+    def decode_payload(self, record: Record) -> Any:
+        """What the message in a record says, without its envelope. Raises DecodeError."""
         if record.value is None:
             if self._takes_none:
                 return None
@@ -242,9 +247,19 @@ class Topic(Generic[T]):
         except EncodeError as error:
             raise DecodeError(f"{record}: the topic's id= gave no id: {error}") from error
 
-    # --- writing ---
+    # --- writing: the parts of a message, for `encode` and for those who need no outbox message of them ---
 
-    def _encode_value(self, payload: T) -> bytes | None:
+    @property
+    def content_type(self) -> str:
+        """The media type of its payloads."""
+        return self._codec.content_type
+
+    def type_of(self, kind: type) -> str:
+        """The `ce_type` of payloads of this class."""
+        return type_name(kind, self.payload_type) or self.name
+
+    def encode_payload(self, payload: T) -> bytes | None:
+        """The payload as a record's value. Raises EncodeError."""
         if payload is None:
             if self._takes_none:
                 return None
@@ -262,10 +277,13 @@ class Topic(Generic[T]):
             raise EncodeError(f"{self.name}: the codec returned {returned}.", remedy="It must return bytes.")
         return value
 
-    def _encode_key(self, payload: T, given: Part | None) -> bytes | None:
+    def encode_key(self, payload: T, given: Part | None) -> bytes | None:
+        """The record's key: `given`, else the topic's key of the payload, if it has one. Raises EncodeError."""
         key = given
         if key is None and self._key is not None and payload is not None:
             key = self._ask(self._key, payload, "key")
+        if type(key) is str and key.isascii():
+            return key.encode()
         if key is None:
             if payload is None:
                 raise EncodeError(
@@ -275,7 +293,8 @@ class Topic(Generic[T]):
             return None
         return key if isinstance(key, bytes) else parts.text(key, self.name, "key").encode()
 
-    def _choose_id(self, payload: T, given: UUID | str | None) -> UUID | None:
+    def choose_id(self, payload: T, given: UUID | str | None) -> UUID | None:
+        """The message's id: `given`, else the topic's id of the payload, if it has one. Raises EncodeError."""
         if given is not None:
             return self._namespaced(given)
         if self._id is None or payload is None:
@@ -299,11 +318,14 @@ class Topic(Generic[T]):
             )
         return parse_id(text, namespace=self.name)
 
-    def _check_size(self, message: OutboxMessage) -> None:
-        own = _OWN_HEADERS + len(message.source.encode()) + len(message.type.encode()) + len(message.content_type)
-        headers = sum(len(name.encode()) + len(value or b"") + 8 for name, value in message.headers)
-        value = len(message.payload or b"")
-        size = value + len(message.key or b"") + headers + own
+    def size_of_headers(self, source: str, type_: str) -> int:
+        """At most so many bytes has a message besides key, payload and its publisher's own headers."""
+        return _OWN_HEADERS + len(source.encode()) + len(type_.encode()) + len(self.content_type)
+
+    def check_size(self, key: bytes | None, payload: bytes | None, headers: int) -> None:
+        """Refuse what Kafka would refuse, headers being so many bytes. Raises EncodeError."""
+        value = len(payload or b"")
+        size = value + len(key or b"") + headers
         if size > self.max_bytes:
             raise EncodeError(
                 f"{self.name}: the message has {size} bytes ({value} of them payload), allowed are {self.max_bytes}.",

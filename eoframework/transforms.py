@@ -12,7 +12,6 @@ from uuid import UUID
 from typing_extensions import TypeVar
 
 from eoframework.errors import HandlerMisuse
-from eoframework.message import Message
 from eoframework.parts import Part
 from eoframework.payload_types import accepts, unwrap
 from eoframework.retry import FailurePolicy
@@ -75,21 +74,36 @@ class Transform:
         """Where messages go that were given up; None when it stops at them instead."""
         return None if self.policy.retry is None else f"{self.group}.dlt"
 
-    def call(self, message: Message[Any]) -> list[Any]:
-        """What the function makes of one message: payloads and Outs; whatever it raises comes out as it is."""
-        return self._many(self.function(message if self.takes_messages else message.payload))
+    @property
+    def by_class(self) -> Mapping[type, Topic[Any]]:
+        """Where payloads of these classes go; such a payload is one result, whatever else it may be."""
+        return self._by_class
 
-    def call_batch(self, messages: Sequence[Message[Any]]) -> list[list[Any]]:
-        """What the function makes of each message of a list, in its order."""
-        given = list(messages) if self.takes_messages else [message.payload for message in messages]
+    def call_batch(self, given: list[Any]) -> list[Any]:
+        """What the function returns for each message of a list, in its order."""
         returned = self.function(given)
-        if type(returned) is not list or len(returned) != len(messages):
+        if type(returned) is not list or len(returned) != len(given):
             found = f"{len(returned)} results" if isinstance(returned, list) else f"a {type(returned).__name__}"
             raise HandlerMisuse(
-                f"{self.group} ({self.where}) returned {found} for {len(messages)} messages.",
+                f"{self.group} ({self.where}) returned {found} for {len(given)} messages.",
                 remedy=_LIST_FOR_LIST,
             )
-        return [self._many(one) for one in returned]
+        return returned
+
+    def results(self, returned: Any) -> list[Any]:
+        """The payloads and Outs in what the function returned for one message."""
+        kind = type(returned)
+        if kind in self._by_class or kind is Out:
+            return [returned]
+        if returned is None:
+            return []
+        if isinstance(returned, MANY):
+            return [one for one in returned if one is not None]
+        if isinstance(returned, Iterator):
+            return [one for one in self._drawn(returned) if one is not None]
+        if isinstance(returned, Awaitable | AsyncIterator):
+            self._not_run(returned)
+        return [returned]
 
     def target_of(self, payload: Any) -> Topic[Any]:
         """The topic for a result that names none. Raises HandlerMisuse where that would be a guess."""
@@ -113,20 +127,6 @@ class Transform:
             kind = type(payload).__name__
             what, remedy = f"it is not known where a {kind} goes: {_carried(self.targets)}", _SAY_OUT
         raise HandlerMisuse(f"{self.group} ({self.where}): {what}.", remedy=remedy)
-
-    def _many(self, returned: Any) -> list[Any]:
-        kind = type(returned)
-        if kind in self._by_class or kind is Out:
-            return [returned]
-        if returned is None:
-            return []
-        if isinstance(returned, MANY):
-            return [one for one in returned if one is not None]
-        if isinstance(returned, Iterator):
-            return [one for one in self._drawn(returned) if one is not None]
-        if isinstance(returned, Awaitable | AsyncIterator):
-            self._not_run(returned)
-        return [returned]
 
     def _drawn(self, returned: Any) -> Iterator[Any]:
         ended = yield from returned

@@ -146,7 +146,8 @@ class Tx:
 
     def _trace(self, cause: Message[object] | None) -> str | None:
         about = cause or self._message
-        return None if about is None else traceparent_of(about.headers)
+        found = None if about is None else traceparent_of(about.headers)
+        return None if found is None else found.decode()
 
     def _derived_id(self, cause: Message[object] | None) -> UUID | None:
         about = cause or self._message

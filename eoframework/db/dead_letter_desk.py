@@ -327,7 +327,7 @@ class DeadLetterDesk:
 
 def _letter(row: Any) -> DeadLetter:
     stored = dict(row._mapping)
-    record = {field.name: stored.pop(field.name) for field in fields(Record)}
+    record = {name: stored.pop(name) for name in Record._fields}
     return DeadLetter(Record(**{**record, "headers": tuple(decode_headers(record["headers"]))}), **stored)
 
 

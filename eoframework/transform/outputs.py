@@ -1,16 +1,22 @@
-"""From what the function returned to records for Kafka."""
+"""From what the function returned to records for Kafka.
+
+Every message passes here, so what all records of one kind have in common is made once (`_Way`), and no value is made
+that is only taken apart again.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
+from uuid import UUID
 
-from eoframework import clock
-from eoframework.cloudevents import outgoing_headers, traceparent_of
+from eoframework import clock, parts
+from eoframework.cloudevents import Envelope, event_time, outgoing_headers, traceparent_of
 from eoframework.db.position import Stream
 from eoframework.errors import HandlerMisuse
 from eoframework.kafka.producer import Outgoing
-from eoframework.message import OutboxMessage, Record, Source, derived_id
+from eoframework.message import DerivedIds, Headers, OutboxMessage, Record
+from eoframework.topic import Topic
 from eoframework.transforms import Out, Transform
 
 
@@ -22,32 +28,93 @@ class Outputs:
         self._transform = transform
         self._stream = stream
         self._source = source
+        self._ids: dict[int, DerivedIds] = {}
+        self._ways: dict[tuple[Topic[Any], type], _Way] = {}
+        self._way_of = {kind: self._way(topic, kind) for kind, topic in transform.by_class.items()}
+        """The way of a payload that names no topic, by its class."""
+        self._time = b""
+        self.begin()
 
-    def of(self, record: Record, results: Sequence[Any]) -> list[Outgoing]:
-        """The records to send for one message. Raises EncodeError, HandlerMisuse: a failure of that message."""
-        return [self._record(record, result, index) for index, result in enumerate(results)]
+    def begin(self) -> None:
+        """What is made from now on is made now: `ce_time` is the same for all messages of a chunk."""
+        self._time = event_time(clock.now())
 
-    def _record(self, record: Record, result: Any, index: int) -> Outgoing:
-        out = result if isinstance(result, Out) else Out(self._transform.target_of(result), result)
+    def of(self, record: Record, returned: Any) -> list[Outgoing]:
+        """The records to send for what the function returned for one message, in their order.
+
+        Raises EncodeError, HandlerMisuse: a failure of that message.
+        """
+        trace = traceparent_of(record.headers)
+        if (way := self._way_of.get(type(returned))) is not None:
+            return [self._record(record, trace, way, returned, 0)]
+        results = self._transform.results(returned)
+        return [self._any(record, trace, result, index) for index, result in enumerate(results)]
+
+    def _any(self, record: Record, trace: bytes | None, result: Any, index: int) -> Outgoing:
+        if isinstance(result, Out):
+            return self._out(record, trace, result, index)
+        way = self._way_of.get(type(result)) or self._way(self._transform.target_of(result), type(result))
+        return self._record(record, trace, way, result, index)
+
+    def _out(self, record: Record, trace: bytes | None, out: Out[Any], index: int) -> Outgoing:
         if out.topic not in self._transform.targets:
+            where = self._transform.where
             raise HandlerMisuse(
-                f"{self._transform.group} ({self._transform.where}) sends to {out.topic.name!r}, not named by it.",
+                f"{self._transform.group} ({where}) sends to {out.topic.name!r}, which it does not name.",
                 remedy="Add the topic to to={...}.",
             )
-        place = Source(self._stream.consumer, self._stream.topic_id, record.partition, record.offset, record.timestamp)
+        way = self._way(out.topic, type(out.payload))
+        own = parts.headers(out.headers, out.topic.name)
         # A tombstone has no payload to read a key from.
         key = record.key if out.key is None and out.payload is None else out.key
-        message = out.topic.encode(
-            out.payload,
-            source=self._source,
-            key=key,
-            id=out.id,
-            headers=out.headers,
-            default_id=derived_id(place, index),
-            traceparent=traceparent_of(record.headers),
-        )
+        return self._record(record, trace, way, out.payload, index, key, out.id, own)
+
+    def _record(
+        self,
+        record: Record,
+        trace: bytes | None,
+        way: _Way,
+        payload: Any,
+        index: int,
+        key: parts.Part | None = None,
+        identity: UUID | str | None = None,
+        own: Headers = (),
+    ) -> Outgoing:
+        topic = way.topic
+        value = topic.encode_payload(payload)
+        encoded_key = topic.encode_key(payload, key)
+        chosen = topic.choose_id(payload, identity) if identity is not None or topic.has_id else None
+        text = self._derived_id(record, index) if chosen is None else str(chosen)
+        size = way.size + parts.size_of(own) if own else way.size
+        topic.check_size(encoded_key, value, size)
+        headers = way.envelope.headers(text.encode(), self._time, trace, own)
         # Without a key of its own it keeps the input's, and with it the input's order.
-        return outgoing(message, key=record.key if message.key is None else message.key)
+        return Outgoing(topic.name, record.key if encoded_key is None else encoded_key, value, list(headers))
+
+    def _derived_id(self, record: Record, index: int) -> str:
+        ids = self._ids.get(record.partition)
+        if ids is None:
+            ids = DerivedIds(self._stream.consumer, self._stream.topic_id, record.partition)
+            self._ids[record.partition] = ids
+        return ids.text(record.offset, record.timestamp, index)
+
+    def _way(self, topic: Topic[Any], kind: type) -> _Way:
+        way = self._ways.get((topic, kind))
+        if way is None:
+            type_ = topic.type_of(kind)
+            envelope = Envelope(self._source, type_, topic.content_type)
+            way = self._ways[topic, kind] = _Way(topic, envelope, topic.size_of_headers(self._source, type_))
+        return way
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """What all payloads of one class that go to one topic have in common."""
+
+    topic: Topic[Any]
+    envelope: Envelope
+    size: int
+    """The bytes of their headers, at most."""
 
 
 def outgoing(message: OutboxMessage, *, key: bytes | None) -> Outgoing:

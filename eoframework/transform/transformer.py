@@ -30,7 +30,7 @@ from eoframework.errors import (
 from eoframework.kafka.membership import Membership
 from eoframework.kafka.producer import Outgoing, Rejected
 from eoframework.kafka.transaction import TransactionalProducer
-from eoframework.message import Message, Record
+from eoframework.message import Record
 from eoframework.retry import Retry
 from eoframework.transform.failure import Failures, Held, after
 from eoframework.transform.mark import Mark, Stand
@@ -70,6 +70,11 @@ class _Work:
     last: Record | None = None
     begun: bool = False
 
+    def passed(self, ends: dict[int, int]) -> None:
+        """The group will stand there: what comes before did not fail."""
+        self.stands |= {partition: Stand(end, _FRESH) for partition, end in ends.items()}
+        ends.clear()
+
 
 class Transformer:
     """Runs the messages of one transform, for one thread."""
@@ -88,6 +93,8 @@ class Transformer:
         """A transaction has at most `size` messages, and is committed after `interval` seconds."""
         self._transform = transform
         self._topic = transform.topic
+        self._function = transform.function
+        self._takes_messages = transform.takes_messages
         self._producer = producer
         self._outputs = outputs
         self._failures = failures
@@ -159,17 +166,20 @@ class Transformer:
 
     def _send(self, results: Iterable[Result], work: _Work, outcome: Outcome) -> None:
         sending: list[Outgoing] = []
+        ends: dict[int, int] = {}
         for record, result in results:
             if record.partition in work.held or record.partition in outcome.held:
                 continue
             work.records += 1
             work.last = record
             if isinstance(result, Exception):
+                work.passed(ends)
                 sending += self._failed(record, result, work, outcome)
             else:
                 sending += result
                 work.done += 1
-                work.stands[record.partition] = Stand(record.offset + 1, _FRESH)
+                ends[record.partition] = record.offset + 1
+        work.passed(ends)
         events.emit("transform.handled", records=work.records)
         if sending:
             self._begin(work)
@@ -202,6 +212,7 @@ class Transformer:
 
     def _handle(self, left: deque[Record], outcome: Outcome, most: int, due: float) -> list[Result]:
         """The function's results for the next messages, in their order."""
+        self._outputs.begin()
         if self._transform.batch:
             return self._handle_list([left.popleft() for _ in range(min(most, len(left)))], outcome)
         results: list[Result] = []
@@ -212,16 +223,16 @@ class Transformer:
 
     def _handle_one(self, record: Record, outcome: Outcome) -> list[Outgoing] | Exception:
         try:
-            return self._outputs.of(record, self._transform.call(self._message(record, outcome)))
+            return self._outputs.of(record, self._function(self._given(record, outcome)))
         except Exception as error:  # noqa: BLE001 - whatever the function raises is this message's failure
             return error
 
     def _handle_list(self, records: list[Record], outcome: Outcome) -> list[Result]:
         results: dict[int, list[Outgoing] | Exception] = {}
-        readable: list[tuple[int, Message[Any]]] = []
+        readable: list[tuple[int, Any]] = []
         for index, record in enumerate(records):
             try:
-                readable.append((index, self._message(record, outcome)))
+                readable.append((index, self._given(record, outcome)))
             except EoError as error:
                 results[index] = error
         self._call_list(records, readable, results)
@@ -230,14 +241,14 @@ class Transformer:
     def _call_list(
         self,
         records: list[Record],
-        messages: list[tuple[int, Message[Any]]],
+        messages: list[tuple[int, Any]],
         results: dict[int, list[Outgoing] | Exception],
     ) -> None:
         """Call the function; a list on which it fails is halved until the culprit is alone."""
         if not messages:
             return
         try:
-            returned = self._transform.call_batch([message for _, message in messages])
+            returned = self._transform.call_batch([given for _, given in messages])
             made = [self._outputs.of(records[i], one) for (i, _), one in zip(messages, returned, strict=True)]
         except Exception as error:  # noqa: BLE001 - as above
             for part in self._suspects(messages, error, results):
@@ -247,10 +258,10 @@ class Transformer:
 
     def _suspects(
         self,
-        messages: list[tuple[int, Message[Any]]],
+        messages: list[tuple[int, Any]],
         error: Exception,
         results: dict[int, list[Outgoing] | Exception],
-    ) -> list[list[tuple[int, Message[Any]]]]:
+    ) -> list[list[tuple[int, Any]]]:
         """What to call the function with next; a message that failed by itself, or was named, is none of it."""
         named = error.index if isinstance(error, BatchItemFailed) else 0 if len(messages) == 1 else None
         if named is not None and 0 <= named < len(messages):
@@ -260,11 +271,14 @@ class Transformer:
         half = len(messages) // 2
         return [messages[:half], messages[half:]] if half else [messages]
 
-    def _message(self, record: Record, outcome: Outcome) -> Message[Any]:
+    def _given(self, record: Record, outcome: Outcome) -> Any:
+        """What the function takes: the payload, or the message. Raises what is known to be wrong with it."""
         if self._doomed and (known := self._doomed.get(_place(record))) is not None:
             raise known
         if record.unreadable:
             raise DecodeError(f"{record}: {record.unreadable}.")
+        if not self._takes_messages:
+            return self._topic.decode_payload(record)
         message = self._topic.decode(record)
         attempts = outcome.stands[record.partition].at(record.offset).attempts
         return replace(message, attempt=attempts + 1) if attempts else message
