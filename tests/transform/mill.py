@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from confluent_kafka import Consumer, KafkaError, Message, Producer, TopicPartition
+from confluent_kafka import Consumer, Message, Producer, TopicPartition
 from pydantic import BaseModel
 
 from eoframework import App, Topic, clock
@@ -107,30 +107,33 @@ class Mill:
 
 
 def read(settings: Settings, topic: str, *, isolation: str = "read_committed") -> Iterable[Message]:
-    """Everything a plain consumer sees in the topic, partition by partition."""
-    consumer = Consumer(
-        {
-            "bootstrap.servers": settings.require_bootstrap_servers(),
-            "group.id": f"reader-{uuid.uuid4()}",
-            "isolation.level": isolation,
-            "enable.partition.eof": True,
-            "auto.offset.reset": "earliest",
-            "fetch.wait.max.ms": 20,
-        }
-    )
+    """Everything a plain consumer sees in the topic, partition by partition, up to the end of the log.
+
+    To the log's end, not the client's "end of partition": that is where the oldest open transaction begins, and one
+    that was committed a moment ago may still be open there.
+    """
+    config = {"bootstrap.servers": settings.require_bootstrap_servers(), "fetch.wait.max.ms": 20}
+    ends = _ends(config, topic)
+    consumer = Consumer({**config, "group.id": f"reader-{uuid.uuid4()}", "isolation.level": isolation})
     try:
-        found = consumer.list_topics(topic, timeout=10).topics[topic].partitions
-        for partition in sorted(found):
+        for partition, end in ends.items():
             consumer.assign([TopicPartition(topic, partition, 0)])
-            while True:
-                message = consumer.poll(20)
-                assert message is not None, f"{topic}[{partition}] did not end"
-                error = message.error()
-                if error is None:
+            deadline = clock.monotonic() + 20
+            while consumer.position([TopicPartition(topic, partition)])[0].offset < end:
+                message = consumer.poll(0.05)
+                assert clock.monotonic() < deadline, f"{topic}[{partition}] cannot be read up to {end}"
+                if message is not None:
+                    assert message.error() is None, message.error()
                     yield message
-                elif error.code() == KafkaError._PARTITION_EOF:
-                    break
-                else:
-                    raise AssertionError(error.str())
     finally:
         consumer.close()
+
+
+def _ends(config: dict[str, Any], topic: str) -> dict[int, int]:
+    consumer = Consumer({**config, "group.id": "ends", "isolation.level": "read_uncommitted"})
+    try:
+        found = consumer.list_topics(topic, timeout=10).topics[topic].partitions
+        ends = {p: consumer.get_watermark_offsets(TopicPartition(topic, p), timeout=10) for p in sorted(found)}
+    finally:
+        consumer.close()
+    return {partition: at[1] for partition, at in ends.items() if at is not None and at[1] > at[0]}
