@@ -11,7 +11,7 @@ from uuid import UUID
 
 from typing_extensions import TypeVar
 
-from eoframework.errors import HandlerMisuse
+from eoframework.errors import FailClosed, HandlerMisuse
 from eoframework.parts import Part
 from eoframework.payload_types import accepts, unwrap
 from eoframework.retry import FailurePolicy
@@ -80,11 +80,14 @@ class Transform:
         return self._by_class
 
     def call_batch(self, given: list[Any]) -> list[Any]:
-        """What the function returns for each message of a list, in its order."""
+        """What the function returns for each message of a list, in its order.
+
+        Raises FailClosed when it is not known which belong to which: no message is to blame, and none is given up.
+        """
         returned = self.function(given)
         if type(returned) is not list or len(returned) != len(given):
             found = f"{len(returned)} results" if isinstance(returned, list) else f"a {type(returned).__name__}"
-            raise HandlerMisuse(
+            raise FailClosed(
                 f"{self.group} ({self.where}) returned {found} for {len(given)} messages.",
                 remedy=_LIST_FOR_LIST,
             )

@@ -67,10 +67,17 @@ def transactional_config(settings: Settings, *, transactional_id: str, client_id
 
 def transform_config(settings: Settings, *, transactional_id: str, client_id: str) -> dict[str, Any]:
     """The same for a transform, whose transactions end before the group would give its partitions to another."""
-    return transactional_config(settings, transactional_id=transactional_id, client_id=client_id) | {
-        "transaction.timeout.ms": _ms(settings.transform_transaction_timeout),
-        "message.timeout.ms": _ms(settings.transform_message_timeout),
-    }
+    # What waits to be sent is bounded in bytes too: the default of 1 GB is what a batch of large outputs would fill.
+    bounded = {"queue.buffering.max.kbytes": 65_536}
+    config = transactional_config(settings, transactional_id=transactional_id, client_id=client_id)
+    return (
+        bounded
+        | config
+        | {
+            "transaction.timeout.ms": _ms(settings.transform_transaction_timeout),
+            "message.timeout.ms": _ms(settings.transform_message_timeout),
+        }
+    )
 
 
 def sending_config(settings: Settings, *, client_id: str) -> dict[str, Any]:

@@ -126,9 +126,14 @@ class Transformer:
         left = deque(records)
         try:
             while left and not (self._stopping() or clock.monotonic() > deadline):
-                if singly:
+                if not singly:
+                    self._transaction(left, membership, outcome, confirm, size=self._size)
+                elif left[0].partition in outcome.held:
+                    # To count it would move the offset to it, past the message that its partition waits for.
+                    left.popleft()
+                else:
                     self._count_alone(left[0], membership, outcome)
-                self._transaction(left, membership, outcome, confirm, size=1 if singly else self._size)
+                    self._transaction(left, membership, outcome, confirm, size=1)
         except (Retryable, Abortable, Fenced, RestartNeeded) as trouble:
             self._producer.abort()
             outcome.trouble = trouble
@@ -250,6 +255,8 @@ class Transformer:
         try:
             returned = self._transform.call_batch([given for _, given in messages])
             made = [self._outputs.of(records[i], one) for (i, _), one in zip(messages, returned, strict=True)]
+        except FailClosed:
+            raise
         except Exception as error:  # noqa: BLE001 - as above
             for part in self._suspects(messages, error, results):
                 self._call_list(records, part, results)
@@ -263,13 +270,13 @@ class Transformer:
         results: dict[int, list[Outgoing] | Exception],
     ) -> list[list[tuple[int, Any]]]:
         """What to call the function with next; a message that failed by itself, or was named, is none of it."""
-        named = error.index if isinstance(error, BatchItemFailed) else 0 if len(messages) == 1 else None
-        if named is not None and 0 <= named < len(messages):
+        named = 0 if len(messages) == 1 else error.index if isinstance(error, BatchItemFailed) else -1
+        if 0 <= named < len(messages):
             cause = error.__cause__ if isinstance(error, BatchItemFailed) else None
             results[messages[named][0]] = cause if isinstance(cause, Exception) else error
             return [messages[:named] + messages[named + 1 :]]
         half = len(messages) // 2
-        return [messages[:half], messages[half:]] if half else [messages]
+        return [messages[:half], messages[half:]]
 
     def _given(self, record: Record, outcome: Outcome) -> Any:
         """What the function takes: the payload, or the message. Raises what is known to be wrong with it."""
@@ -319,6 +326,8 @@ class Transformer:
 
     def _count_alone(self, record: Record, membership: Membership, outcome: Outcome) -> None:
         """Write down, before it runs, that this message is in flight: if it ends the process, nobody can any more."""
+        if _place(record) in self._doomed:
+            return
         stand = outcome.stands[record.partition]
         mark = stand.at(record.offset)
         if mark.crashes >= (self._transform.policy.retry or Retry()).crashes:

@@ -140,3 +140,27 @@ def test_a_mark_comes_back_as_it_was_written() -> None:
     for mark in (Mark(), Mark(1, 2, 3, 4), Mark(deaths=7)):
         assert Mark.decode(mark.encode()) == mark
     assert len(Mark(999_999_999, 999_999_999, 999_999_999, 999_999_999).encode()) < 100
+
+
+def test_what_waits_behind_a_failing_message_is_not_counted(mill: Mill) -> None:
+    """One by one, and the first fails: seen to fail without the check in `_alone`, which moved the offset past it."""
+    trouble: list[BaseException] = [SystemExit(1)]
+
+    @mill.app.transform(mill.grain, to=mill.flour, name="grind", retry=Retry(attempts=3, backoff=fixed(0.2)))
+    def grind(grain: Grain) -> Flour:
+        if grain.n == 0 and trouble:
+            raise trouble[0]
+        return Flour(n=grain.n)
+
+    mill.pour(range(5))
+    for _ in range(3):
+        mill.start()
+        with pytest.raises(SystemExit):
+            mill.run_to(5)
+    trouble[0] = ValueError("no")
+    mill.start()
+    mill.run_until(lambda: mill.mark().attempts == 1)
+    assert mill.offset() == 0
+    trouble.clear()
+    mill.run_to(5)
+    assert mill.ground() == list(range(5))
