@@ -47,7 +47,7 @@ class Beginning:
     def register(self, *, app: str, declared: Collection[str]) -> Stream:
         """The transform's stream; at its first start, where it begins is stored for all partitions at once.
 
-        Raises ConfigurationError (a rename), FailClosed (another cluster, a re-created topic).
+        Raises ConfigurationError (a rename), FailClosed (another cluster, a re-created topic, a handler's group).
         """
         group, topic = self._transform.group, self._transform.topic.name
         info, cluster_id = self._cluster.describe(topic), self._cluster.cluster_id()
@@ -61,6 +61,7 @@ class Beginning:
             self._refuse_moved(stream, known)
             self._begun = {row.partition for row in known if row.begun}
             if not known:
+                self._refuse_handler(connection, stream)
                 self._starts.plan(connection, stream, self._first_offsets(info.partitions))
         return stream
 
@@ -122,6 +123,16 @@ class Beginning:
         shown = {p: there[p][0] if p in there else offset for p, offset in offsets.items()}
         log.info("%s: first start on %s, beginning at offsets %s by partition", group, topic, shown)
         return offsets
+
+    def _refuse_handler(self, connection: Connection, stream: Stream) -> None:
+        # The offsets that a handler commits lag behind its positions, and its parked messages would lie there for ever.
+        if self._positions.known(connection, consumer_id=stream.consumer_id, topic=stream.topic):
+            raise FailClosed(
+                f"{stream.consumer} was a handler, and the database knows its positions; as a transform it would begin "
+                "at its group's offsets, which lag behind them.",
+                remedy=f"Give the transform another name=. To make it of the same group: eo position forget "
+                f"{stream.consumer} --kind handler, then eo position set where it is to begin.",
+            )
 
     def _refuse_moved(self, stream: Stream, known: Collection[PlannedStart]) -> None:
         for row in known:

@@ -7,11 +7,14 @@ from collections.abc import Iterator
 import pytest
 from confluent_kafka.admin import NewPartitions  # type: ignore[attr-defined]
 
-from eoframework.errors import ConfigurationError, RestartNeeded
+from eoframework.db.position import Positions
+from eoframework.errors import ConfigurationError, FailClosed, RestartNeeded
 from eoframework.kafka.membership import Membership, NotAMember
 from eoframework.settings import Settings
 from eoframework.transform.ladder import check_ladder
+from eoframework.transform.start import Beginning
 from eoframework.transform.worker import TransformWorker
+from eoframework.transforms import Transform
 from tests.transform.mill import Flour, Grain, Mill
 
 
@@ -78,6 +81,22 @@ def test_a_second_registration_moves_nothing_back(mill: Mill) -> None:
     mill.pour(range(5, 8))
     mill.run_to(8)
     assert mill.ground() == list(range(8))
+
+
+def test_a_handler_that_becomes_a_transform_does_not_begin_at_offsets_that_lag(mill: Mill) -> None:
+    """Seen to begin at the group's offset without `_refuse_handler`."""
+    stream = Beginning(handling(mill), mill.app.database, mill.admin).register(app="x", declared=[])
+    positions = Positions(mill.app.database.schema)
+    with mill.app.database.begin("as the handler left it") as connection:
+        connection.exec_driver_sql("DELETE FROM eo.transform_start")
+        positions.start(connection, stream, {0: 7})
+    with pytest.raises(FailClosed, match=r"grind was a handler.*eo position forget mill\w+\.grind --kind handler"):
+        mill.start()
+
+
+def handling(mill: Mill) -> Transform:
+    grinding(mill)
+    return mill.app.transforms[0]
 
 
 class Brokers:
