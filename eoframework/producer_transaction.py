@@ -10,7 +10,7 @@ import logging
 import threading
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 from uuid import UUID
 
 from eoframework import clock
@@ -25,6 +25,7 @@ from eoframework.errors import (
     RestartNeeded,
     Retryable,
 )
+from eoframework.kafka.admin import NotAuthorized, UnknownTopic
 from eoframework.kafka.config import sending_transaction_config
 from eoframework.kafka.delivery import Ticket
 from eoframework.kafka.destinations import Destination
@@ -45,6 +46,7 @@ _HELD = 1000
 _HELD_BYTES = 1_000_000
 _PAUSE = 0.2
 _NOTHING = "The Kafka transaction was aborted: readers see nothing of it."
+_FENCED_REMEDY = "Give each process its own name=, or none; if this is the rightful one, make another Producer."
 _NEVER = threading.Event()
 
 Prepare = Callable[[tuple[Topic[Any], Any, Any, Any, Any], str | None, float], tuple[OutboxMessage, Destination]]
@@ -80,7 +82,7 @@ class Turn:
     def take(self) -> None:
         """Begin; raises Permanent or Fenced."""
         if self._taken_over:
-            raise Fenced(self._taken_over, remedy="End this process, or give each its own name=, or none.")
+            raise Fenced(f"{self._taken_over}.", remedy=_FENCED_REMEDY)
         if not self._lock.acquire(blocking=False):
             raise Permanent(
                 f"{self.transactional_id}: a Kafka transaction is open already, in thread {self._holder}; a Producer "
@@ -100,12 +102,14 @@ class Turn:
             client.close()
 
     def fenced(self, error: EoError, *, open_for: float) -> EoError:
-        """What being fenced means: another process of the same name, or a transaction that was open for too long."""
-        if self._shared and open_for < self.patience:
-            self._taken_over = f"{self.transactional_id}: another process has taken over this name ({error.what})"
-            return Fenced(
-                f"{self._taken_over} {_NOTHING}", remedy="End this process, or give each its own name=, or none."
+        """What being fenced means: a Producer of the same name, or a transaction that was open for too long."""
+        if self._shared:
+            # Which of the two Kafka does not say. Going on would fence a rightful successor, and they would take turns.
+            self._taken_over = (
+                f"{self.transactional_id}: another Producer of this name has taken over, or the transaction was open "
+                f"for more than {self.patience:g} s ({error.what})"
             )
+            return Fenced(f"{self._taken_over} {_NOTHING}", remedy=_FENCED_REMEDY)
         return Retryable(
             f"{self.transactional_id}: the transaction was open for {open_for:.1f} s and Kafka has ended it "
             f"({error.what}) {_NOTHING}",
@@ -226,10 +230,16 @@ class KafkaTransaction:
                 client.flush()
 
     def _commit(self) -> None:
+        client = self._turn.client
         self._guarded(self._produce)
-        self._guarded(self._turn.client.flush)
+        self._guarded(client.flush)
+        if len(self._batch.sent) < len(self._batch.tickets):
+            # Something else than a record was refused, such as the right to write to a topic, and the client dropped
+            # them all. Its commit says what it was, without sending one.
+            self._guarded(client.commit)
+            raise self._unknown("it was committed", "messages of it were dropped")
         try:
-            self._turn.client.commit()
+            client.commit()
         except (Retryable, Abortable, Fenced, RestartNeeded, Rejected) as error:
             self._resolve(error)
 
@@ -259,6 +269,8 @@ class KafkaTransaction:
         refused = self._batch.failure
         if refused is not None and not isinstance(refused, OutcomeUnknown):
             return type(refused)(f"{refused.what} {_NOTHING}", remedy=refused.remedy)
+        if isinstance(error, Rejected) and error.topic_trouble:
+            return _topic_trouble(error)
         if isinstance(error, Rejected):
             return EncodeError(f"{error.what} {_NOTHING}", remedy="Correct the message.")
         return Retryable(f"{error.what} {_NOTHING}", remedy="Run it again; the same id= may be used.")
@@ -276,7 +288,7 @@ class KafkaTransaction:
                 self._end_what_is_open(deadline)
             committed = self._read_back(deadline)
         except EoError as why:
-            self._give_up(error, why)
+            raise self._unknown(error.what, why.what) from error
         if committed:
             _log.info("%s: it was committed; nothing is lost.", self._turn.transactional_id)
             return
@@ -305,17 +317,24 @@ class KafkaTransaction:
             raise Retryable(f"{sent.topic} is compacted, or its settings may not be read.")
         return found
 
-    def _give_up(self, error: EoError, why: EoError) -> NoReturn:
+    def _unknown(self, error: str, why: str) -> OutcomeUnknown:
         topics = tuple(sorted(self._destinations))
-        raise OutcomeUnknown(
+        return OutcomeUnknown(
             f"{self._turn.transactional_id}: the commit of {len(self._batch.tickets)} messages to {', '.join(topics)} "
-            f"was not answered ({error.what}), and the log does not tell whether it happened ({why.what})",
+            f"was not answered ({error}), and the log does not tell whether it happened ({why})",
             ids=tuple(ticket.id for ticket in self._batch.tickets),
             topics=topics,
-        ) from error
+        )
 
     def _open_for(self) -> float:
         return 0.0 if self._begun is None else clock.monotonic() - self._begun
+
+
+def _topic_trouble(error: Rejected) -> EoError:
+    if error.kind == "TOPIC_AUTHORIZATION_FAILED":
+        remedy = "Grant WRITE on the topic to this principal (kafka-acls), or use another one (EO_KAFKA_SASL_*)."
+        return NotAuthorized(f"{error.what} {_NOTHING}", remedy=remedy)
+    return UnknownTopic(f"{error.what} {_NOTHING}", remedy="Run: eo topics apply MODULE:APP")
 
 
 def record_of(message: OutboxMessage, ticket: Ticket) -> Outgoing:

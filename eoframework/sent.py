@@ -47,14 +47,17 @@ class Pending(Future[Sent]):
         self.set_running_or_notify_cancel()
 
     def result(self, timeout: float | None = None) -> Sent:
-        found = super().result(timeout)
-        self.heard = True
-        return found
+        try:
+            return super().result(timeout)
+        finally:
+            # Also when it raises the message's error; not when it only waited in vain.
+            self.heard = self.heard or self.done()
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        found = super().exception(timeout)
-        self.heard = True
-        return found
+        try:
+            return super().exception(timeout)
+        finally:
+            self.heard = self.heard or self.done()
 
 
 class Promise(Ticket):

@@ -13,7 +13,7 @@ from eoframework import clock, events
 from eoframework.errors import ConfigurationError, EncodeError, Permanent, Retryable
 from eoframework.kafka.delivery import delivery_error
 from eoframework.kafka.destinations import Destination
-from eoframework.kafka.faults import kafka_error
+from eoframework.kafka.faults import is_topic_trouble, kafka_error
 from eoframework.kafka.producer import REQUEST_SHARE, Outgoing, lower_batch_size
 
 _log = logging.getLogger(__name__)
@@ -21,6 +21,7 @@ _log = logging.getLogger(__name__)
 _SLICE = 0.1
 _ROOM_SLICE = 0.005
 _END_PATIENCE = 5.0
+_ASK = 3.0
 
 
 class SendingClient:
@@ -60,7 +61,7 @@ class SendingClient:
 
         Raises EncodeError, ConfigurationError or Retryable: it was not sent, and its ticket hears nothing.
         """
-        ticket = record.ticket
+        ticket, asked = record.ticket, False
         assert ticket is not None
         while True:
             try:
@@ -72,6 +73,9 @@ class SendingClient:
                 fault = kafka_error(error)
                 if fault.fatal():
                     self._break(fault)
+                elif is_topic_trouble(fault) and not asked:
+                    asked = self._ask_again(record.topic)
+                    continue
                 raise delivery_error(fault, ticket, left=False) from error
             except (TypeError, ValueError) as error:
                 what = f"{record.topic}: the Kafka client cannot send message {ticket.id}: {error}."
@@ -98,6 +102,15 @@ class SendingClient:
             self._client.close()
         except (KafkaException, RuntimeError) as error:
             _log.debug("closing a Kafka producer: %s; every record was reported.", error)
+
+    def _ask_again(self, topic: str) -> bool:
+        # The client remembers for up to five minutes that a topic was missing or forbidden; by now somebody may have
+        # made it, or granted the right.
+        try:
+            self._client.list_topics(topic, timeout=_ASK)
+        except KafkaException as error:
+            _log.debug("asking about topic %s: %s; its sender is told what is known.", topic, kafka_error(error).str())
+        return True
 
     def _wait_for_room(self, record: Outgoing, deadline: float) -> None:
         if self.is_own_thread():
