@@ -8,10 +8,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format venv clean
+.PHONY: help demo test test-containers lint format venv clean
 
 help: ## Show what there is to make
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(READY) ## Orders against killed and frozen processes, on a real Kafka and PostgreSQL; then count
 	@$(BIN)/python -m examples.shop.demo
@@ -21,6 +21,10 @@ test: export PYTHONDONTWRITEBYTECODE =
 test: lint ## Everything: lint, types, import rules, tests (pass T='tests/cli -k once' for some of them)
 	@echo "== tests"
 	@$(BIN)/python -m pytest $(or $(T),-n $(WORKERS) --durations=15)
+
+test-containers: $(READY) ## docker-compose.yml, Dockerfile and testcontainers on a real container engine (minutes; not in `test`)
+	@echo "== containers"
+	@$(BIN)/python -m pytest tests/containers --durations=15
 
 lint: $(READY) ## Style, types and import rules
 	@echo "== ruff"

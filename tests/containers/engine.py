@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import resource
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 from docker import DockerClient
 from docker.errors import DockerException
 
@@ -80,8 +82,9 @@ class Podman:
             # Two runs at once would delete each other's containers below.
             fcntl.flock(lock, fcntl.LOCK_EX)
             (self.home / "containers.conf").write_text(_configuration(self.home / "networks"))
-            # What a run that was killed left behind.
+            # What a run that was killed left behind, and images of an app that is another one by now.
             self._clean()
+            self.call("image", "prune", "--force")
             service = subprocess.Popen(
                 self.command("system", "service", "-t", "0", f"unix://{self.socket}"),
                 env=self.environment(),
@@ -96,6 +99,7 @@ class Podman:
                 self._clean()
                 service.terminate()
                 service.wait(30)
+                self._end_monitors()
 
     def _wait(self, service: subprocess.Popen[bytes]) -> None:
         deadline = clock.monotonic() + _START_SECONDS
@@ -103,6 +107,14 @@ class Podman:
             if service.poll() is not None or clock.monotonic() > deadline:
                 raise RuntimeError(f"podman does not serve: {(self.home / 'podman.log').read_text()}")
             clock.sleep(0.1)
+
+    def _end_monitors(self) -> None:
+        """Each command run in a container has one, which would stay for five minutes."""
+        for process in psutil.process_iter(["cmdline"]):
+            command = process.info["cmdline"] or []
+            if command and Path(command[0]).name == "conmon" and any(str(self.run) in word for word in command):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
 
     def _clean(self) -> None:
         self.call("rm", "--all", "--force", "--time", "0", "--volumes")
@@ -113,14 +125,14 @@ class Podman:
 @contextmanager
 def running() -> Iterator[Engine]:
     """A Docker API to test on. Raises CannotRun with the command that installs what is missing."""
-    _need_compose()
-    if _answers(None):
+    docker = _answers(None)
+    _need(podman=not docker)
+    if docker:
         yield Engine({}, None)
         return
-    podman = Podman()
-    _need_podman()
-    with podman.serving():
-        yield Engine({"DOCKER_HOST": f"unix://{podman.socket}"}, podman)
+    own = Podman()
+    with own.serving():
+        yield Engine({"DOCKER_HOST": f"unix://{own.socket}"}, own)
 
 
 def compose() -> list[str]:
@@ -129,27 +141,21 @@ def compose() -> list[str]:
     return plugin if _works([*plugin, "version"]) else [COMPOSE]
 
 
-def _need_compose() -> None:
-    if not _works([*compose(), "version"]):
-        raise _missing([COMPOSE], "neither `docker compose` nor docker-compose works")
-
-
-def _need_podman() -> None:
-    missing = [package for program, package in PACKAGES.items() if shutil.which(program) is None]
+def _need(*, podman: bool) -> None:
+    missing = [] if _works([*compose(), "version"]) else [COMPOSE]
+    if podman:
+        missing += [package for program, package in PACKAGES.items() if shutil.which(program) is None]
     if missing:
-        raise _missing(missing, f"no Docker daemon answers, and instead of one {', '.join(missing)} would be needed")
-    if os.geteuid() != 0:
+        no_daemon = ", and no Docker daemon answers, instead of which podman would do" if podman else ""
+        raise CannotRun(
+            f"{', '.join(missing)}: not installed{no_daemon}. Start Docker with its compose plugin, or on Debian and "
+            f"Ubuntu: apt-get update && apt-get install --no-install-recommends {' '.join(missing)}"
+        )
+    if podman and os.geteuid() != 0:
         raise CannotRun(
             "No Docker daemon answers, and podman with images made by debootstrap needs root. "
             "Start Docker, set DOCKER_HOST, or run this as root."
         )
-
-
-def _missing(packages: list[str], why: str) -> CannotRun:
-    return CannotRun(
-        f"{why[0].upper()}{why[1:]}. Start Docker with its compose plugin, or on Debian and Ubuntu: "
-        f"apt-get update && apt-get install --no-install-recommends {' '.join(packages)}"
-    )
 
 
 def _works(command: list[str]) -> bool:
