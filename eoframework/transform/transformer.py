@@ -43,6 +43,9 @@ log = logging.getLogger(__name__)
 _CHUNK = 500
 _FRESH = Mark()
 
+DOUBTFUL = (Retryable, Abortable, Fenced, RestartNeeded)
+"""What a Kafka transaction raises that was not confirmed: a new producer can go on, from the group's offsets."""
+
 Result = tuple[Record, list[Outgoing] | Exception]
 """What is to be sent for a message, or why it failed."""
 
@@ -134,7 +137,7 @@ class Transformer:
                 else:
                     self._count_alone(left[0], membership, outcome)
                     self._transaction(left, membership, outcome, confirm, size=1)
-        except (Retryable, Abortable, Fenced, RestartNeeded) as trouble:
+        except DOUBTFUL as trouble:
             self._producer.abort()
             outcome.trouble = trouble
         except BaseException:
@@ -143,11 +146,14 @@ class Transformer:
         return outcome
 
     def move(self, stands: Mapping[int, Stand], membership: Membership) -> None:
-        """Commit these offsets and marks, without any output; raises what the Kafka transaction raises."""
+        """Commit these offsets and marks, without any output. Raises one of DOUBTFUL."""
         self._producer.make_ready()
         try:
             self._producer.begin()
             self._commit(stands, membership)
+        except Rejected as rejected:
+            self._producer.abort()
+            raise Retryable(rejected.what) from rejected
         except BaseException:
             self._producer.abort()
             raise

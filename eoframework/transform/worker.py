@@ -32,7 +32,7 @@ from eoframework.transform.mark import Mark, Stand
 from eoframework.transform.outputs import Outputs
 from eoframework.transform.start import Beginning
 from eoframework.transform.takeover import Suspicion
-from eoframework.transform.transformer import Outcome, Transformer
+from eoframework.transform.transformer import DOUBTFUL, Outcome, Transformer
 from eoframework.transforms import Transform
 
 log = logging.getLogger(__name__)
@@ -76,6 +76,7 @@ class TransformWorker:
         """Partitions that are ours, and where the group stands is to be read."""
         self._blocked: dict[int, Held] = {}
         self._retry_at: dict[int, float] = {}
+        """When those go on, also if where they stand is read anew meanwhile."""
         self._suspicion = Suspicion(careful_for=self._largest)
         self._pause = Backoff(longest=_LONGEST_BACKOFF)
         self._next_check = 0.0
@@ -136,9 +137,12 @@ class TransformWorker:
         self._settle(consumer)
         self._retry_waiting(consumer)
         records = self._fetch(consumer)
-        records = [record for record in records if record.partition in self._stands]
+        touched = {record.partition for record in records}
+        if not touched <= self._stands.keys():
+            touched &= self._stands.keys()
+            records = [record for record in records if record.partition in touched]
         if records:
-            self._run(consumer, records)
+            self._run(consumer, records, touched)
         self._keep_house()
         return 0.0
 
@@ -151,22 +155,21 @@ class TransformWorker:
             self._beginning.ask_topic(self._stream)()
             raise
 
-    def _run(self, consumer: GroupConsumer, records: list[Record]) -> None:
+    def _run(self, consumer: GroupConsumer, records: list[Record], touched: set[int]) -> None:
         deadline = clock.monotonic() + self._settings.max_poll_interval / 3
-        touched = {record.partition for record in records}
         try:
             # Now, and not when the offsets are sent: if the group throws us out in between, this is what the broker
             # refuses. Then it would be the metadata of a stranger, which it accepts unchecked.
             membership = consumer.membership()
             self._note_takeovers(touched, membership)
-        except (Retryable, Fenced, RestartNeeded) as trouble:
+        except DOUBTFUL as trouble:
             self._doubt(consumer, trouble, records)
             return
         alone = self._suspicion.careful(touched)
         same = self._beginning.ask_topic(self._stream)
         outcome = Outcome(dict(self._stands))
-        for singly in (True, False):
-            part = [record for record in records if (record.partition in alone) == singly]
+        for singly in (True, False) if alone else (False,):
+            part = [record for record in records if (record.partition in alone) == singly] if alone else records
             if part and outcome.trouble is None:
                 outcome = self._transformer.run(
                     part, membership, outcome.stands, deadline=deadline, confirm=same, singly=singly
@@ -190,8 +193,9 @@ class TransformWorker:
         ends = {record.partition: record.offset + 1 for record in records}
         for partition, end in ends.items():
             stand, before = outcome.stands[partition], self._stands[partition]
-            ran = sum(r.partition == partition and r.offset < stand.offset for r in records)
-            self._suspicion.survived(partition, ran)
+            if self._suspicion.careful([partition]):
+                ran = sum(r.partition == partition and r.offset < stand.offset for r in records)
+                self._suspicion.survived(partition, ran)
             self._stands[partition] = stand
             if stand.offset != before.offset:
                 self._blocked.pop(partition, None)
@@ -216,7 +220,6 @@ class TransformWorker:
         consumer.pause(self._stands)
         self._waiting |= self._stands.keys()
         self._stands.clear()
-        self._retry_at.clear()
         clock.wait(self._draining, self._pause.next())
 
     def _refuse_twin(self, trouble: Exception) -> None:
@@ -266,7 +269,7 @@ class TransformWorker:
         starts: dict[int, int | None] = dict.fromkeys(partitions)
         try:
             found = self._where(partitions, timeout=_IN_CALLBACK)
-        except (Retryable, Fenced, RestartNeeded) as trouble:
+        except DOUBTFUL as trouble:
             log.info("%s: %s Partitions %s wait; nothing is lost", self.name, trouble, partitions)
             return starts
         return starts | {partition: self._stand(partition, at) for partition, at in found.items() if at is not None}
@@ -304,13 +307,15 @@ class TransformWorker:
             missing = [partition for partition in waiting if found[partition] is None]
             if missing:
                 self._begin(missing, consumer.membership())
-        except (Retryable, Fenced, RestartNeeded) as trouble:
+        except DOUBTFUL as trouble:
             log.info("%s: %s Partitions %s wait; nothing is lost", self.name, trouble, waiting)
             clock.wait(self._draining, self._pause.next())
             return
         for partition, at in found.items():
             if at is not None:
-                consumer.start(partition, self._stand(partition, at))
+                offset = self._stand(partition, at)
+                if partition not in self._retry_at:
+                    consumer.start(partition, offset)
 
     def _begin(self, missing: list[int], membership: Membership) -> None:
         """Commit the first offsets of these partitions, as a member: a successor's cannot be moved back by us."""

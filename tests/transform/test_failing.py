@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
 from eoframework import Breaker, Message, Out, Reject, Retry, RetryLater
-from eoframework.errors import BatchItemFailed, FailClosed, HandlerFailed
+from eoframework.errors import Abortable, BatchItemFailed, FailClosed, HandlerFailed
 from eoframework.retry import fixed
 from eoframework.settings import Settings
 from tests.transform.mill import NEVER, Flour, Grain, Mill
@@ -280,3 +281,41 @@ def test_a_list_with_too_few_results_stops_everything(mill: Mill) -> None:
     with pytest.raises(FailClosed, match=r"returned 3 results for 4 messages.*one entry for each message"):
         mill.run_to(4)
     assert (mill.offset(), mill.ground(), mill.dead()) == (0, [], [])
+
+
+def test_a_doubt_elsewhere_does_not_shorten_the_pause(mill: Mill) -> None:
+    """Seen to fail with `_retry_at` cleared in `_doubt`: the message was tried again at once."""
+    calls = grinding(mill, {2: ValueError("no")}, retry=Retry(attempts=9, backoff=fixed(NEVER)))
+    mill.pour([1, 2, 3])
+    mill.run_to(1)
+    assert mill.worker is not None
+    mill.worker._ready().send_offsets = _refuses_once(mill.worker._ready().send_offsets)  # type: ignore[method-assign]
+    mill.pour([10, 11], partition=1)
+    mill.run_to(2, partition=1)
+    assert mill.ground() == [1, 10, 11]
+    assert [call for call in calls if call[0] == 2] == [(2, 1)]
+
+
+def _refuses_once(real: Callable[..., None]) -> Callable[..., None]:
+    refused: list[bool] = []
+
+    def send_offsets(*given: Any) -> None:
+        if not refused:
+            refused.append(True)
+            raise Abortable("the group has a new generation")
+        real(*given)
+
+    return send_offsets
+
+
+def test_a_member_that_is_refused_while_it_takes_over_goes_on(mill: Mill) -> None:
+    """Its offsets are refused like those of any batch. Seen to end the worker without Abortable in DOUBTFUL."""
+    grinding(mill, {})
+    mill.pour([1, 2])
+    mill.run_to(2)
+    mill.start()
+    assert mill.worker is not None
+    mill.worker._ready().send_offsets = _refuses_once(mill.worker._ready().send_offsets)  # type: ignore[method-assign]
+    mill.pour([3])
+    mill.run_to(3)
+    assert mill.ground() == [1, 2, 3]
