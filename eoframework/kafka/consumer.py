@@ -114,15 +114,18 @@ class GroupConsumer:
 
     def _records(self, messages: list[ClientMessage]) -> list[Record]:
         records: list[Record] = []
+        handed, ended = self._handed, self.ended
         for message in messages:
-            partition = message.partition()
             if (error := message.error()) is not None:
                 self._notice(message, error)
-            elif partition in self._handed and (message.offset() or 0) >= self._handed[partition]:
-                # One from behind where we stand (a leftover from before a rewind) would move the position back.
-                record = record_of(message)
-                self._handed[record.partition] = record.offset + 1
-                self.ended.pop(record.partition, None)
+                continue
+            record = record_of(message)
+            stands = handed.get(record.partition)
+            # One from behind where we stand (a leftover from before a rewind) would move the position back.
+            if stands is not None and record.offset >= stands:
+                handed[record.partition] = record.offset + 1
+                if ended:
+                    ended.pop(record.partition, None)
                 records.append(record)
         return records
 

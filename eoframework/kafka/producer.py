@@ -70,9 +70,14 @@ class BatchProducer:
 
     def send(self, records: Iterable[Outgoing]) -> None:
         """Queue records, in their order. Raises Rejected when the client itself refuses one."""
+        produce = self.client.produce
         for record in records:
+            topic, key, value, headers, partition, ticket = record
             try:
-                self._produce(record)
+                if ticket is None:
+                    produce(topic, value, key, partition, headers=headers)
+                else:
+                    self._produce(record)
             except BufferError:
                 self._send_when_there_is_room(record)
             except (KafkaException, TypeError, ValueError) as error:
