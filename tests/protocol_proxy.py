@@ -39,6 +39,9 @@ ERRORS = {
 """Kafka's error codes that a late request may get (org.apache.kafka.common.protocol.Errors)."""
 
 
+Moment = Literal["records", "partitions", "offsets"]
+
+
 class Request(NamedTuple):
     """One request of a client."""
 
@@ -58,6 +61,15 @@ class Request(NamedTuple):
         return bool(last)
 
 
+    @property
+    def in_transaction(self) -> bool:
+        """Of a Produce: whether it names a transactional id. Those that do not are of clients that fill topics."""
+        named = 12 + 2 + max(0, struct.unpack_from(">h", self.frame, 12)[0])
+        if self.version < 9:
+            return bool(struct.unpack_from(">h", self.frame, named)[0] >= 0)
+        return self.frame[named + 1] > 0  # after the header's tagged fields, of which there are none
+
+
 class Rule(Protocol):
     """Which request is late, and when it comes."""
 
@@ -75,23 +87,35 @@ class Rule(Protocol):
 
 
 class LateEndTxn:
-    """Commits or aborts come in the client's next transaction, when some of its records are in and more are to come.
+    """Commits or aborts come in the client's next transaction, where they do most harm: before the request of `before`.
 
-    A late abort does most harm before the transaction gets further partitions, since those open a fresh one; a late
-    commit before further records for partitions that the client believes are part of it.
+    By default, for a commit, before further records ("records") for partitions that the client believes are part of
+    the transaction; for an abort, before the transaction gets further partitions ("partitions"), or the group's
+    offsets ("offsets"), since those open a fresh one.
     """
 
-    def __init__(self, kind: Literal["commit", "abort"]) -> None:
+    def __init__(
+        self, kind: Literal["commit", "abort"], *, before: Moment | None = None, times: int | None = None
+    ) -> None:
+        """times: so many of them come late; None: all."""
         self._commit = kind == "commit"
+        self._left = times
+        self._before = before or ("records" if self._commit else "partitions")
         self._added = False
         self._produces = 0
 
     def takes(self, request: Request) -> bool:
-        return request.key == END_TXN and request.commits == self._commit
+        if request.key != END_TXN or request.commits != self._commit or self._left == 0:
+            return False
+        if self._left is not None:
+            self._left -= 1
+        return True
 
     def due(self, request: Request) -> bool:
-        if self._commit:
+        if self._before == "records":
             return request.key == PRODUCE and self._produces == 1
+        if self._before == "offsets":
+            return request.key == ADD_OFFSETS and self._produces > 0
         return _adds_partitions(request) and self._added
 
     def passed(self, request: Request) -> None:
@@ -168,10 +192,11 @@ class ProtocolProxy:
             self._listener.close()
 
     def make_late(self, rule: Rule | None) -> None:
-        """From now on this rule; nothing is held, nothing counted."""
+        """From now on this rule; nothing is held. With None, what was counted stays to be read."""
         with self._lock:
             self.rule, self._held = rule, None
-            self.delivered, self.answers = 0, []
+            if rule is not None:
+                self.delivered, self.answers = 0, []
 
     def holds(self) -> bool:
         """Whether a request is under way."""
@@ -226,7 +251,7 @@ class ProtocolProxy:
     def _forward(self, frame: bytes, client: socket.socket, server: socket.socket) -> bool:
         """Forward a request; True when it was held instead and this connection is over."""
         request = Request.parse(frame)
-        if request.key not in (PRODUCE, END_TXN, TXN_OFFSETS) and not _adds_partitions(request):
+        if not _of_transaction(request):
             server.sendall(frame)
             return False
         with self._lock:
@@ -242,7 +267,7 @@ class ProtocolProxy:
         with self._lock:
             if rule is not None:
                 rule.passed(request)
-            if request.key != END_TXN:
+            if request.key in (PRODUCE, ADD_PARTITIONS):
                 self._pending[id(client), request.correlation] = request.key
         server.sendall(frame)
         return False
@@ -267,6 +292,12 @@ class ProtocolProxy:
         late.server.sendall(late.request.frame)
         self._answered.wait(_PATIENCE)
         self.delivered += 1
+
+
+def _of_transaction(request: Request) -> bool:
+    if request.key == PRODUCE:
+        return request.in_transaction
+    return request.key in (ADD_OFFSETS, END_TXN, TXN_OFFSETS) or _adds_partitions(request)
 
 
 def _adds_partitions(request: Request) -> bool:

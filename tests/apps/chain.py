@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 
+from confluent_kafka import KafkaException
 from pydantic import BaseModel
 
 from eoframework import App, Message, Topic
@@ -22,12 +24,15 @@ CRUMBS = 2
 class Item(BaseModel):
     key: str
     n: int
+    pad: int = 0
+    """So many bytes more has each of its parts."""
 
 
 class Part(BaseModel):
     key: str
     n: int
     part: int
+    pad: str = ""
 
 
 class Crumb(BaseModel):
@@ -47,7 +52,7 @@ def parts_of(item: Item) -> list[Part]:
     """Every tenth item has none: its offset moves on without any output."""
     if item.n % 10 == 9:
         return []
-    return [Part(key=f"{item.key}.{part}", n=item.n, part=part) for part in range(PARTS)]
+    return [Part(key=f"{item.key}.{part}", n=item.n, part=part, pad="x" * item.pad) for part in range(PARTS)]
 
 
 def crumbs_of(part: Part) -> list[Crumb]:
@@ -64,6 +69,17 @@ def pair(message: Message[Part]) -> Iterator[Crumb]:
     yield from crumbs_of(message.payload)
 
 
+def abort_and_keep(producer: transaction.TransactionalProducer) -> None:
+    """Without the protection against a late abort."""
+    # Nothing may be in flight: librdkafka would otherwise raise the epoch by itself, which is a protection too.
+    client = producer._ready().client
+    client.flush(5)
+    with suppress(KafkaException):  # asked twice, the second time nothing is open
+        client.abort_transaction(10)
+
+
+if "CHAIN_KEEP_AFTER_ABORT" in os.environ:
+    transaction.TransactionalProducer.abort = abort_and_keep  # type: ignore[method-assign]
 if "CHAIN_PATIENCE" in os.environ:
     # The share of retry.backoff.ms from which on a call is taken for one that was sent twice: inf, and none is.
     transaction._QUARANTINE_SHARE = float(os.environ["CHAIN_PATIENCE"])

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Literal
 
-from confluent_kafka import Consumer, IsolationLevel, TopicPartition
+from confluent_kafka import Consumer, IsolationLevel, KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic, OffsetSpec
 from pydantic import BaseModel
 
@@ -24,6 +24,8 @@ from tests.processes import eventually, produce, read_topic, settings_environmen
 
 KEYS = 5
 STAGES = ("fan", "pair")
+OVERSIZE = 1_500_000
+"""More than a client sends in one record."""
 
 Stage = Literal["fan", "pair"]
 Line = tuple[str, str]
@@ -34,6 +36,8 @@ QUICK = {"EO_TRANSFORM_BATCH": "10", "EO_TRANSFORM_INTERVAL": "0.05", "EO_MAX_WA
 
 
 _SETTLING = 3.0
+_TRANSACTION_TIMEOUT = 20.0
+"""Longer than a transform's, and than Kafka takes to see that it is over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,16 +66,18 @@ class Scene:
         self.a, self.b, self.c = (f"chain.{letter}.{unique}" for letter in "abc")
         self.groups: dict[Stage, str] = {"fan": f"chain-{self.a}.fan", "pair": f"chain-{self.a}.pair"}
         self.partitions = {self.a: partitions, self.b: into or partitions, self.c: into or partitions}
-        self.sent = 0
+        self.items: list[Item] = []
         create_topics(self.servers, self.partitions | {f"{group}.dlt": 1 for group in self.groups.values()})
 
     # --- what happens ---
 
-    def send(self, count: int) -> None:
-        """Items of KEYS keys; each key's numbers count up."""
-        numbers = range(self.sent, self.sent + count)
-        self.sent += count
-        produce(self.servers, self.a, [(item.key.encode(), _json(item).encode()) for item in map(_item, numbers)])
+    def send(self, count: int, *, oversized_at: int | None = None) -> None:
+        """Items of KEYS keys; each key's numbers count up. The one at `oversized_at` has parts that no topic takes."""
+        made = [Item(key=f"k{n % KEYS}", n=n) for n in range(self.sent, self.sent + count)]
+        if oversized_at is not None:
+            made[oversized_at] = made[oversized_at].model_copy(update={"pad": OVERSIZE})
+        self.items += made
+        produce(self.servers, self.a, [(item.key.encode(), _json(item).encode()) for item in made])
 
     def spawn(self, *arguments: str, **environment: str) -> Forked:
         """An `eo run` of the chain."""
@@ -109,7 +115,8 @@ class Scene:
             }
         )
         try:
-            return {at.partition: max(at.offset, 0) for at in consumer.committed(asked, timeout=10)}
+            found = _patiently(partial(consumer.committed, asked, timeout=10))
+            return {at.partition: max(at.offset, 0) for at in found}
         finally:
             consumer.close()
 
@@ -126,9 +133,18 @@ class Scene:
         answers = admin_client(self.servers).list_offsets(asked, isolation_level=level, request_timeout=10)
         return {where.partition: answer.result().offset for where, answer in answers.items()}
 
+    def no_transaction_open(self, topic: str) -> None:
+        """Wait for it: a commit is confirmed a moment before each partition has its marker."""
+
+        def settled() -> bool:
+            return self.ends(topic, stable=True) == self.ends(topic, stable=False)
+
+        eventually(settled, f"no open transaction in {topic}", seconds=_TRANSACTION_TIMEOUT)
+
     def reach_the_end(self, *, seconds: float = 90, log: Path | None = None) -> None:
         """Wait until all that was sent has come out of the chain."""
         eventually(self.fan_done, f"fan at the end of {self.a}", seconds=seconds, log=log)
+        self.no_transaction_open(self.b)
         ends = self.ends_of_records(self.read(self.b))
         eventually(lambda: self.committed("pair") == ends, f"pair at the end of {self.b}", seconds=seconds, log=log)
 
@@ -137,15 +153,22 @@ class Scene:
         ends = dict.fromkeys(range(self.partitions[self.b]), 0)
         return ends | {one.partition: one.offset + 1 for one in records}
 
+    @property
+    def sent(self) -> int:
+        """How many items there are."""
+        return len(self.items)
+
     def fan_done(self) -> bool:
         return sum(self.committed("fan").values()) >= self.sent
 
     def expected_parts(self) -> list[Line]:
-        return [(part.key, _json(part)) for n in range(self.sent) for part in parts_of(_item(n))]
+        return [(part.key, _json(part)) for part in self._parts()]
 
     def expected_crumbs(self) -> list[Line]:
-        parts = [part for n in range(self.sent) for part in parts_of(_item(n))]
-        return [(part.key, _json(crumb)) for part in parts for crumb in crumbs_of(part)]
+        return [(part.key, _json(crumb)) for part in self._parts() for crumb in crumbs_of(part)]
+
+    def _parts(self) -> list[Part]:
+        return [part for item in self.items if item.pad < OVERSIZE for part in parts_of(item)]
 
     # --- what must be so ---
 
@@ -178,11 +201,11 @@ class Scene:
 
         console: let the broker's own consumer read the last topic, too.
         """
+        for topic in (self.b, self.c):
+            self.no_transaction_open(topic)
         parts, crumbs = self.read(self.b), self.read(self.c)
         _same_per_key(parts, self.expected_parts(), "parts")
         _same_per_key(crumbs, self.expected_crumbs(), "crumbs")
-        for topic in (self.b, self.c):
-            assert self.ends(topic, stable=True) == self.ends(topic, stable=False), f"open transaction in {topic}"
         assert self.committed("fan") == self.ends(self.a, stable=False)
         assert self.committed("pair") == self.ends_of_records(parts)
         if console:
@@ -214,20 +237,28 @@ def open_stages(services: Addresses, template: str, directory: Path) -> Iterator
         yield Stages(make_settings(url, services.bootstrap_servers), nursery, directory)
 
 
+def _patiently(ask: Callable[[], list[TopicPartition]]) -> list[TopicPartition]:
+    # A broker that has just started says for a moment that it is not the group's coordinator.
+    deadline = clock.monotonic() + 10
+    while True:
+        try:
+            return ask()
+        except KafkaException:
+            if clock.monotonic() > deadline:
+                raise
+        clock.sleep(0.1)
+
+
 @cache
 def admin_client(servers: str) -> AdminClient:
     return AdminClient({"bootstrap.servers": servers})
 
 
 def create_topics(servers: str, partitions: Mapping[str, int]) -> None:
-    """All at once: one by one they would take longer than most tests."""
-    wanted = [NewTopic(topic, number, 1) for topic, number in partitions.items()]
+    """All at once: one by one they would take longer than most tests. With the brokers' default of replicas."""
+    wanted = [NewTopic(topic, number) for topic, number in partitions.items()]
     for made in admin_client(servers).create_topics(wanted, request_timeout=20).values():
         made.result()
-
-
-def _item(n: int) -> Item:
-    return Item(key=f"k{n % KEYS}", n=n)
 
 
 def _json(model: BaseModel) -> str:
