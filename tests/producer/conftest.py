@@ -115,9 +115,10 @@ class Wire(EndTxnProxy):
         if Request.parse(frame).key == END_TXN:
             self.ends += 1
             if self.end:
+                # In this order, or the answer gets through.
+                client.shutdown(socket.SHUT_RDWR)
                 if self.end == "unanswered":
                     server.sendall(frame)
-                client.shutdown(socket.SHUT_RDWR)
                 return True
         return super()._forward(frame, client, server)
 
