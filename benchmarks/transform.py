@@ -64,6 +64,7 @@ def transform(name: str, source: str, target: str) -> None:
     stop, admin = threading.Event(), Admin(settings)
     admin.create(_dead_letters(target), partitions=1, replicas=1, config={})
     worker = TransformWorker(app.transforms[0], app=app, settings=settings, admin=admin, stop=stop, once=True)
+    lifecycle.spare_the_collector()  # as `eo run` does
     code = lifecycle.run([worker], stop=stop, once=True)
     if code:
         raise SystemExit(f"the transform ended with {code}")

@@ -44,8 +44,10 @@ def _numbers(shards: str | None) -> frozenset[int] | None:
 
 
 def _work(reference: str, stop: threading.Event, only: frozenset[int] | None, *, once: bool, wait: bool) -> int:
-    ready = bootstrap.prepare(bootstrap.load_app(reference), stop=stop, wait=wait)
+    ready = bootstrap.prepare(bootstrap.load_app(reference), stop=stop, wait=wait, purpose="relay")
     if ready is None:
         return 0
     bootstrap.log_relay_banner(ready)
-    return lifecycle.run(bootstrap.relay_workers(ready, shards=only), stop=stop, once=once)
+    workers = bootstrap.relay_workers(ready, shards=only)
+    lifecycle.spare_the_collector()
+    return lifecycle.run(workers, stop=stop, once=once)

@@ -67,6 +67,7 @@ class _Work:
         workers = bootstrap.run_workers(
             ready, chosen, stop=stop, once=self.once, adopt_offsets=self.adopt_offsets, worker_index=self.index
         )
+        lifecycle.spare_the_collector()
         return lifecycle.run(workers, stop=stop, once=self.once)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 
@@ -183,3 +185,15 @@ def test_waits_grow_and_begin_small_again() -> None:
     assert max(waits) <= 8 * 1.2
     backoff.reset()
     assert backoff.next() <= 1.2
+
+
+@pytest.mark.parametrize(("chosen", "left"), [(None, 20_000), (5_000, 5_000), (0, 0)])
+def test_the_collector_is_spared_what_was_imported(chosen: int | None, left: int) -> None:
+    """Fails without gc.freeze(), and without the look at the threshold that an app has set."""
+    program = (
+        "import gc; from eoframework import lifecycle\n"
+        + ("" if chosen is None else f"gc.set_threshold({chosen})\n")
+        + "lifecycle.spare_the_collector(); print(gc.get_freeze_count() > 10_000, gc.get_threshold()[0])"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == ["True", str(left)]
