@@ -22,7 +22,9 @@ test: lint ## Everything: lint, types, import rules, tests (pass T='tests/cli -k
 	@echo "== tests"
 	@$(BIN)/python -m pytest $(or $(T),-n $(WORKERS) --durations=15)
 
-test-containers: $(READY) ## docker-compose.yml, Dockerfile and testcontainers on a real container engine (minutes; not in `test`)
+test-containers: $(READY) ## docker-compose.yml, Dockerfile and testcontainers on a real container engine (INSTALL=1: with what it needs)
+	@echo "== container engine and images"
+	@$(BIN)/python -m tests.containers.build_images $(if $(INSTALL),--install)
 	@echo "== containers"
 	@$(BIN)/python -m pytest tests/containers --durations=15
 

@@ -1,6 +1,6 @@
 """Images under the names that docker-compose.yml and the Dockerfile use, made of Debian's packages and our Kafka jars.
 
-    python -m tests.containers.build_images
+    python -m tests.containers.build_images [--install]
 
 For machines that reach no image registry. They stand in for the real ones: same names, paths, users, ports, variables
 and versions, so what is proved with them is our part, not the real images. Kept in a store of their own and made anew
@@ -9,8 +9,10 @@ when what they are made from changes.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,8 +24,9 @@ from docker.errors import BuildError, ImageNotFound
 
 from eoframework import clock
 from eoframework.dev import cache, jars
+from eoframework.errors import EoError
 from eoframework.testing.containers import KAFKA_IMAGE, POSTGRES_IMAGE
-from tests.containers.engine import CannotRun, Engine, Podman, running
+from tests.containers.engine import CannotRun, Engine, Podman, install, running
 
 RELEASE = "trixie"
 """Debian's release whose PostgreSQL and Python are the ones that the images' names promise."""
@@ -32,6 +35,8 @@ PYTHON_IMAGE = "python:3.13-slim"
 DEBIAN_IMAGE = "localhost/eo-debian"
 _PACKAGES = ["openjdk-21-jre-headless", f"postgresql-{POSTGRES_MAJOR}", "python3-venv", "ca-certificates"]
 _LABEL = "eoframework.made-from"
+_JARS = "libs"
+_CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 _RECIPES = Path(__file__).with_name("images")
 
 
@@ -45,9 +50,15 @@ def build(engine: Engine) -> None:
         if not _up_to_date(client, DEBIAN_IMAGE, made_from):
             _say(f"a base image of Debian {RELEASE} (once; two or three minutes)")
             _bootstrap(engine.podman, made_from)
-        _derive(client, KAFKA_IMAGE, "kafka", made_from, {"libs": jars.LIST})
+        _derive(client, KAFKA_IMAGE, "kafka", made_from, {_JARS: jars.LIST.read_text()})
         _derive(client, POSTGRES_IMAGE, "postgres", made_from, {})
-        _derive(client, PYTHON_IMAGE, "python", made_from, {"pip.conf": None})
+        _derive(
+            client,
+            PYTHON_IMAGE,
+            "python",
+            made_from,
+            {"pip.conf": _pip_configuration(), "ca-certificates.crt": _CERTIFICATES.read_text()},
+        )
     finally:
         client.close()
 
@@ -87,23 +98,22 @@ def _import(podman: Podman, root: Path, made_from: str) -> None:
         raise RuntimeError(f"the base image could not be stored: {imported.stderr}")
 
 
-def _derive(client: DockerClient, name: str, recipe: str, base: str, besides: Mapping[str, Path | None]) -> None:
-    """Build one image from its folder, and from what the folder cannot hold."""
+def _derive(client: DockerClient, name: str, recipe: str, base: str, besides: Mapping[str, str]) -> None:
+    """Build one image from its folder and what that cannot hold: files by name, the jars by their list."""
     folder = _RECIPES / recipe
     files = sorted(path for path in folder.iterdir() if path.is_file())
-    extra = [path.read_text() for path in besides.values() if path is not None]
-    made_from = _digest([base, *(path.name + path.read_text() for path in files), *extra], _pip_configuration())
+    made_from = _digest([base, *(path.name + path.read_text() for path in files), *besides.values()])
     if _up_to_date(client, name, made_from):
         return
     _say(name)
     with tempfile.TemporaryDirectory(prefix="eo-image-") as directory:
         context = Path(directory) / "context"
         shutil.copytree(folder, context)
-        if "libs" in besides:
-            _copy_jars(context / "libs")
-        if "pip.conf" in besides:
-            (context / "pip.conf").write_text(_pip_configuration())
-            shutil.copy(_certificates(), context / "ca-certificates.crt")
+        for file, content in besides.items():
+            if file == _JARS:
+                _copy_jars(context / file)
+            else:
+                (context / file).write_text(content)
         _build(client, context, name, made_from)
 
 
@@ -159,10 +169,6 @@ def _pip_configuration() -> str:
     return "\n".join(["[global]", *(f"{key} = {value}" for key, value in wanted.items()), ""])
 
 
-def _certificates() -> Path:
-    return Path("/etc/ssl/certs/ca-certificates.crt")
-
-
 def _digest(parts: list[str], *more: str) -> str:
     return hashlib.sha256("\0".join([*parts, *more]).encode()).hexdigest()[:16]
 
@@ -176,12 +182,20 @@ def _say(what: str) -> None:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--install", action="store_true", help="install the packages that are missing, by apt-get")
+    given = parser.parse_args()
+    # A time limit from outside must not leave an engine running.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     began = clock.monotonic()
     try:
+        if given.install:
+            install()
         with running() as engine:
             build(engine)
-    except CannotRun as error:
-        print(f"CANNOT RUN: {error}", file=sys.stderr)
+    except (CannotRun, EoError) as error:
+        # An EoError: the jars cannot be downloaded.
+        print(f"THE CONTAINER TESTS CANNOT RUN. {error}", file=sys.stderr)
         return 3
     print(f"the images are there, after {clock.monotonic() - began:.0f} s", file=sys.stderr)
     return 0

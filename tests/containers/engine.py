@@ -122,6 +122,26 @@ class Podman:
         self.call("network", "prune", "--force")
 
 
+def install() -> None:
+    """Install what is missing, where apt-get and root are. Raises CannotRun when that fails."""
+    packages = _missing(podman=not _answers(None))
+    if not packages:
+        return
+    for command in (["update"], ["install", "-y", "--no-install-recommends", *packages]):
+        try:
+            done = subprocess.run(
+                ["apt-get", "-qq", *command],
+                env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                check=False,
+            )
+        except FileNotFoundError:
+            raise CannotRun(f"There is no apt-get to install {', '.join(packages)} with.") from None
+        if done.returncode != 0:
+            raise CannotRun(f"apt-get {' '.join(command)} failed; what it said stands above.")
+
+
 @contextmanager
 def running() -> Iterator[Engine]:
     """A Docker API to test on. Raises CannotRun with the command that installs what is missing."""
@@ -142,9 +162,7 @@ def compose() -> list[str]:
 
 
 def _need(*, podman: bool) -> None:
-    missing = [] if _works([*compose(), "version"]) else [COMPOSE]
-    if podman:
-        missing += [package for program, package in PACKAGES.items() if shutil.which(program) is None]
+    missing = _missing(podman=podman)
     if missing:
         no_daemon = ", and no Docker daemon answers, instead of which podman would do" if podman else ""
         raise CannotRun(
@@ -156,6 +174,14 @@ def _need(*, podman: bool) -> None:
             "No Docker daemon answers, and podman with images made by debootstrap needs root. "
             "Start Docker, set DOCKER_HOST, or run this as root."
         )
+
+
+def _missing(*, podman: bool) -> list[str]:
+    """The packages that are not installed."""
+    missing = [] if _works([*compose(), "version"]) else [COMPOSE]
+    if podman:
+        missing += [package for program, package in PACKAGES.items() if shutil.which(program) is None]
+    return missing
 
 
 def _works(command: list[str]) -> bool:
