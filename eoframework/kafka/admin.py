@@ -30,7 +30,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]  # its stubs d
 )
 
 from eoframework import clock
-from eoframework.errors import ConfigurationError, EoError, Retryable, Unreachable
+from eoframework.errors import ConfigurationError, EoError, Permanent, Retryable, Unreachable
 from eoframework.kafka.config import admin_config, offset_reader_config
 from eoframework.kafka.faults import classify, kafka_error
 from eoframework.settings import Settings
@@ -190,11 +190,19 @@ class Admin:
     def ask_topic_id(self, topic: str) -> Callable[[], UUID]:
         """The topic's id: asked now, the answer taken later by calling what is returned.
 
-        That call raises UnknownTopic, NotAuthorized.
+        That call raises UnknownTopic, NotAuthorized, Retryable.
         """
         future = self._client.describe_topics(TopicCollection([topic]), request_timeout=_PROBE_TIMEOUT)[topic]
-        what = f"asking the id of topic {topic}"
-        return lambda: _uuid(self._result(future, what, topic=topic, timeout=_PROBE_TIMEOUT).topic_id)
+
+        def answer() -> UUID:
+            try:
+                found = self._result(future, f"asking the id of topic {topic}", topic=topic, timeout=_PROBE_TIMEOUT)
+            except Permanent as error:
+                # Asked beside a batch of messages, for whose own failure it would be taken: they would be given up.
+                raise Retryable(error.what) from error
+            return _uuid(found.topic_id)
+
+        return answer
 
     def existing(self, topics: Iterable[str]) -> dict[str, TopicInfo]:
         """Those of the topics that exist."""

@@ -22,12 +22,30 @@ _FIGURES = re.compile(r"\d+")
 RETRY_BACKOFF_MS = 100
 _RETRY_BACKOFF_MAX_MS = 1000
 
+# A broker that is frozen, or whose machine is gone, closes no connection: its clients notice it by the requests that it
+# does not answer, with librdkafka's default after 60 s (a transactional producer: its transaction's timeout), and until
+# then do not even ask who leads by now. The cluster gives such a broker's parts to others after 9 s (the brokers'
+# broker.session.timeout.ms, by default), so: a second longer. Sooner would find nobody else in charge, and would tear
+# good connections at a broker's long pause, or while acks=all waits for the cluster to give up a frozen follower.
+# Not limited by it: JoinGroup, which waits for the others (up to max.poll.interval), and fetches wait fetch.wait.max on
+# top of it. A call of ours that lasts longer (commit, send_offsets, init: 15 s) has its requests sent again within it,
+# to the new coordinator; the quarantine rule sees that by the time it took.
+_SOCKET_TIMEOUT_MS = 10_000
+# How long a broker waits for its followers before it says so: less, or the client hangs up before it hears of it.
+_ACKS_SHARE = 0.9
+# What one answer may hold must come through within that time, or the same fetch is tried for ever. librdkafka's own pair,
+# 50 MiB in 60 s, needs a line of 7 Mbit/s; so does this one.
+_FETCH_BYTES_PER_MS = 52_428_800 // 60_000
+
 
 def consumer_config(settings: Settings, *, group: str, client_id: str) -> dict[str, Any]:
     """A consumer that commits nothing by itself, never resets its offset and sees committed records only."""
     config = _base(settings, client_id, kafka_keys.CONSUMER)
     if settings.group_protocol == "classic":
         config.setdefault("partition.assignment.strategy", "cooperative-sticky")
+    # Not below the largest record: librdkafka refuses that.
+    largest = int(config.get("message.max.bytes", 1_000_000))
+    config.setdefault("fetch.max.bytes", max(_socket_timeout(config) * _FETCH_BYTES_PER_MS, largest))
     return config | {
         "group.id": group,
         "group.protocol": settings.group_protocol,
@@ -45,6 +63,7 @@ def consumer_config(settings: Settings, *, group: str, client_id: str) -> dict[s
 def producer_config(settings: Settings, *, client_id: str) -> dict[str, Any]:
     """An idempotent producer: its own retries neither double nor reorder records."""
     config = {"linger.ms": 5} | _base(settings, client_id, kafka_keys.PRODUCER)
+    config.setdefault("request.timeout.ms", int(_socket_timeout(config) * _ACKS_SHARE))
     return config | {
         "acks": "all",
         "enable.idempotence": True,
@@ -57,12 +76,15 @@ def producer_config(settings: Settings, *, client_id: str) -> dict[str, Any]:
 
 def transactional_config(settings: Settings, *, transactional_id: str, client_id: str) -> dict[str, Any]:
     """A producer of Kafka transactions; a second one of the same `transactional_id` fences the first."""
-    return producer_config(settings, client_id=client_id) | {
-        "transactional.id": transactional_id,
-        "transaction.timeout.ms": _ms(settings.transaction_timeout),
-        "retry.backoff.ms": RETRY_BACKOFF_MS,
-        "retry.backoff.max.ms": _RETRY_BACKOFF_MAX_MS,
-    }
+    return _within(
+        producer_config(settings, client_id=client_id)
+        | {
+            "transactional.id": transactional_id,
+            "transaction.timeout.ms": _ms(settings.transaction_timeout),
+            "retry.backoff.ms": RETRY_BACKOFF_MS,
+            "retry.backoff.max.ms": _RETRY_BACKOFF_MAX_MS,
+        }
+    )
 
 
 def transform_config(settings: Settings, *, transactional_id: str, client_id: str) -> dict[str, Any]:
@@ -70,7 +92,7 @@ def transform_config(settings: Settings, *, transactional_id: str, client_id: st
     # What waits to be sent is bounded in bytes too: the default of 1 GB is what a batch of large outputs would fill.
     bounded = {"queue.buffering.max.kbytes": 65_536}
     config = transactional_config(settings, transactional_id=transactional_id, client_id=client_id)
-    return (
+    return _within(
         bounded
         | config
         | {
@@ -140,6 +162,7 @@ def _base(settings: Settings, client_id: str, own_keys: frozenset[str]) -> dict[
     # A key of another kind of client would only earn a warning per client.
     accepted = kafka_keys.SHARED | own_keys
     config: dict[str, Any] = {
+        "socket.timeout.ms": _SOCKET_TIMEOUT_MS,
         "socket.keepalive.enable": True,
         # Waits between connection attempts grew to 8 s at librdkafka's default of 10 s: long after the broker was back.
         "reconnect.backoff.max.ms": 1000,
@@ -153,6 +176,16 @@ def _base(settings: Settings, client_id: str, own_keys: frozenset[str]) -> dict[
         "client.id": client_id,
         "logger": _CLIENT_LOG,
     }
+
+
+def _within(config: dict[str, Any]) -> dict[str, Any]:
+    """The same with requests that end before their Kafka transaction does: librdkafka refuses a longer patience."""
+    limit = int(config["transaction.timeout.ms"])
+    return config | {"socket.timeout.ms": min(_socket_timeout(config), limit)}
+
+
+def _socket_timeout(config: dict[str, Any]) -> int:
+    return int(config["socket.timeout.ms"])
 
 
 def _ms(seconds: float) -> int:

@@ -29,6 +29,9 @@ _PASSING = frozenset(
         KafkaError._PURGE_QUEUE,
         KafkaError._PURGE_INFLIGHT,
         KafkaError._DESTROY,
+        # The broker asked has left the cluster's metadata, dead or frozen for long enough: the client drops it and with
+        # it every question that it has not answered.
+        KafkaError._DESTROY_BROKER,
         KafkaError._RETRY,
         KafkaError._NO_OFFSET,
         KafkaError._IN_PROGRESS,

@@ -90,16 +90,38 @@ def test_consumer_and_producers_are_safe() -> None:
 
 
 @pytest.mark.parametrize("protocol", ["consumer", "classic"])
-def test_librdkafka_takes_every_configuration(protocol: str) -> None:
-    settings = Settings.load(kafka_bootstrap_servers="127.0.0.1:1", group_protocol=protocol)
+@pytest.mark.parametrize(
+    "kafka",
+    [{}, {"socket.timeout.ms": "4000"}, {"socket.timeout.ms": "90000", "message.max.bytes": "80000000"}],
+    ids=["defaults", "impatient", "slow line, large messages"],
+)
+def test_librdkafka_takes_every_configuration(protocol: str, kafka: dict[str, str]) -> None:
+    """Seen to fail, for the slow line, without `_within` in kafka/config.py: librdkafka refuses a socket timeout above
+    the transaction's; and without `largest` in `consumer_config`: it refuses fetches smaller than a message.
+    """
+    settings = Settings.load(kafka_bootstrap_servers="127.0.0.1:1", group_protocol=protocol, kafka=kafka)
     clients: list[Callable[[], object]] = [
         lambda: Consumer(config.consumer_config(settings, group="g", client_id="c")),
         lambda: Producer(config.producer_config(settings, client_id="c")),
         lambda: Producer(config.transactional_config(settings, transactional_id="t", client_id="c")),
+        lambda: Producer(config.transform_config(settings, transactional_id="t", client_id="c")),
         lambda: AdminClient(config.admin_config(settings)),
     ]
     for make in clients:
         assert make() is not None
+
+
+def test_a_silent_broker_is_given_up_after_ten_seconds_or_what_was_asked_for() -> None:
+    """And sooner where a Kafka transaction would be over by then."""
+    patient, hasty = load(), load(**{"socket.timeout.ms": "4000", "request.timeout.ms": "2000"})
+    for made in (config.consumer_config(patient, group="g", client_id="c"), config.admin_config(patient)):
+        assert made["socket.timeout.ms"] == 10_000
+    relay = config.transactional_config(patient, transactional_id="t", client_id="c")
+    assert (relay["socket.timeout.ms"], relay["request.timeout.ms"]) == (10_000, 9_000)
+    assert config.transform_config(patient, transactional_id="t", client_id="c")["socket.timeout.ms"] == 5_000
+    relay = config.transactional_config(hasty, transactional_id="t", client_id="c")
+    assert (relay["socket.timeout.ms"], relay["request.timeout.ms"]) == (4_000, "2000")
+    assert config.admin_config(hasty)["socket.timeout.ms"] == "4000"
 
 
 def test_the_list_of_keys_is_the_installed_librarys(tmp_path: Path) -> None:
