@@ -107,19 +107,23 @@ class DerivedIds:
     """
 
     def __init__(self, consumer: str, topic_id: UUID, partition: int) -> None:
-        # What all of them have in common is hashed once.
+        # What all of them have in common is hashed once, and what those of one millisecond begin with is written once.
         self._seed = hashlib.sha256(f"{consumer}\0{topic_id}\0{partition}\0".encode())
+        self._timestamp: int | None = None
+        self._head = ""
 
     def text(self, offset: int, timestamp: int, index: int) -> str:
         """The id, in canonical form, of the `index`-th message published for the one at `offset`.
 
         The bits of `_uuid7`, set in the text: a UUID object in between would cost more than the hash.
         """
+        if timestamp != self._timestamp:
+            time = f"{max(timestamp, 0) & _TIME_BITS:012x}"
+            self._timestamp, self._head = timestamp, f"{time[:8]}-{time[8:]}-7"
         seed = self._seed.copy()
         seed.update(b"%d\0%d" % (offset, index))
         tail = seed.hexdigest()
-        time = f"{max(timestamp, 0) & _TIME_BITS:012x}"
-        return f"{time[:8]}-{time[8:]}-7{tail[1:4]}-{_VARIANT[tail[4]]}{tail[5:8]}-{tail[8:20]}"
+        return f"{self._head}{tail[1:4]}-{_VARIANT[tail[4]]}{tail[5:8]}-{tail[8:20]}"
 
 
 def derived_id(source: Source, index: int) -> UUID:

@@ -282,7 +282,7 @@ class Topic(Generic[T]):
         key = given
         if key is None and self._key is not None and payload is not None:
             key = self._ask(self._key, payload, "key")
-        if type(key) is str and key.isascii():
+        if type(key) is str and key.isascii():  # most are, and need no more checks
             return key.encode()
         if key is None:
             if payload is None:

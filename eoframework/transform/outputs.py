@@ -26,9 +26,8 @@ class Outputs:
     def __init__(self, transform: Transform, stream: Stream, *, source: str) -> None:
         """`source`: the CloudEvents source, the app's name."""
         self._transform = transform
-        self._stream = stream
         self._source = source
-        self._ids: dict[int, DerivedIds] = {}
+        self._ids = _Ids(stream)
         self._ways: dict[tuple[Topic[Any], type], _Way] = {}
         self._way_of = {kind: self._way(topic, kind) for kind, topic in transform.by_class.items()}
         """The way of a payload that names no topic, by its class."""
@@ -83,27 +82,23 @@ class Outputs:
         topic = way.topic
         value = topic.encode_payload(payload)
         encoded_key = topic.encode_key(payload, key)
-        chosen = topic.choose_id(payload, identity) if identity is not None or topic.has_id else None
-        text = self._derived_id(record, index) if chosen is None else str(chosen)
-        size = way.size + parts.size_of(own) if own else way.size
-        topic.check_size(encoded_key, value, size)
-        headers = way.envelope.headers(text.encode(), self._time, trace, own)
-        # Without a key of its own it keeps the input's, and with it the input's order.
-        return Outgoing(topic.name, record.key if encoded_key is None else encoded_key, value, list(headers))
-
-    def _derived_id(self, record: Record, index: int) -> str:
-        ids = self._ids.get(record.partition)
-        if ids is None:
-            ids = DerivedIds(self._stream.consumer, self._stream.topic_id, record.partition)
-            self._ids[record.partition] = ids
-        return ids.text(record.offset, record.timestamp, index)
+        if encoded_key is None:
+            # It keeps the input's, and with it the input's order.
+            encoded_key = record.key
+        chosen = None if way.derives_id and identity is None else topic.choose_id(payload, identity)
+        text = self._ids[record.partition].text(record.offset, record.timestamp, index) if chosen is None else chosen
+        topic.check_size(encoded_key, value, way.size + parts.size_of(own) if own else way.size)
+        headers = way.envelope.headers(str(text).encode(), self._time, trace, own)
+        return Outgoing(topic.name, encoded_key, value, list(headers))
 
     def _way(self, topic: Topic[Any], kind: type) -> _Way:
         way = self._ways.get((topic, kind))
         if way is None:
             type_ = topic.type_of(kind)
             envelope = Envelope(self._source, type_, topic.content_type)
-            way = self._ways[topic, kind] = _Way(topic, envelope, topic.size_of_headers(self._source, type_))
+            way = self._ways[topic, kind] = _Way(
+                topic, envelope, topic.size_of_headers(self._source, type_), derives_id=not topic.has_id
+            )
         return way
 
 
@@ -115,6 +110,20 @@ class _Way:
     envelope: Envelope
     size: int
     """The bytes of their headers, at most."""
+    derives_id: bool
+    """The payload names no id."""
+
+
+class _Ids(dict[int, DerivedIds]):
+    """By the input's partition."""
+
+    def __init__(self, stream: Stream) -> None:
+        super().__init__()
+        self._stream = stream
+
+    def __missing__(self, partition: int) -> DerivedIds:
+        ids = self[partition] = DerivedIds(self._stream.consumer, self._stream.topic_id, partition)
+        return ids
 
 
 def outgoing(message: OutboxMessage, *, key: bytes | None) -> Outgoing:

@@ -239,50 +239,41 @@ class Transformer:
             return error
 
     def _handle_list(self, records: list[Record], outcome: Outcome) -> list[Result]:
-        results: dict[int, list[Outgoing] | Exception] = {}
-        readable: list[tuple[int, Any]] = []
+        given: list[Any] = []
+        unreadable: dict[int, Exception] = {}
         for index, record in enumerate(records):
             try:
-                readable.append((index, self._given(record, outcome)))
+                given.append(self._given(record, outcome))
             except EoError as error:
-                results[index] = error
-        self._call_list(records, readable, results)
-        return [(record, results[index]) for index, record in enumerate(records)]
+                unreadable[index] = error
+        readable = [one for index, one in enumerate(records) if index not in unreadable] if unreadable else records
+        results = self._call_list(readable, given)
+        for index, why in unreadable.items():
+            results.insert(index, why)
+        return list(zip(records, results, strict=True))
 
-    def _call_list(
-        self,
-        records: list[Record],
-        messages: list[tuple[int, Any]],
-        results: dict[int, list[Outgoing] | Exception],
-    ) -> None:
+    def _call_list(self, records: list[Record], given: list[Any]) -> list[list[Outgoing] | Exception]:
         """Call the function; a list on which it fails is halved until the culprit is alone."""
-        if not messages:
-            return
         try:
-            returned = self._transform.call_batch([given for _, given in messages])
-            made = [self._outputs.of(records[i], one) for (i, _), one in zip(messages, returned, strict=True)]
+            returned = self._transform.call_batch(given) if given else []
+            return list(map(self._outputs.of, records, returned))
         except FailClosed:
             raise
         except Exception as error:  # noqa: BLE001 - as above
-            for part in self._suspects(messages, error, results):
-                self._call_list(records, part, results)
-            return
-        results.update(zip((index for index, _ in messages), made, strict=True))
+            return self._call_apart(records, given, error)
 
-    def _suspects(
-        self,
-        messages: list[tuple[int, Any]],
-        error: Exception,
-        results: dict[int, list[Outgoing] | Exception],
-    ) -> list[list[tuple[int, Any]]]:
-        """What to call the function with next; a message that failed by itself, or was named, is none of it."""
-        named = 0 if len(messages) == 1 else error.index if isinstance(error, BatchItemFailed) else -1
-        if 0 <= named < len(messages):
+    def _call_apart(
+        self, records: list[Record], given: list[Any], error: Exception
+    ) -> list[list[Outgoing] | Exception]:
+        """Without the message that failed by itself, or was named; else in halves."""
+        named = 0 if len(given) == 1 else error.index if isinstance(error, BatchItemFailed) else -1
+        if 0 <= named < len(given):
             cause = error.__cause__ if isinstance(error, BatchItemFailed) else None
-            results[messages[named][0]] = cause if isinstance(cause, Exception) else error
-            return [messages[:named] + messages[named + 1 :]]
-        half = len(messages) // 2
-        return [messages[:half], messages[half:]]
+            results = self._call_list(records[:named] + records[named + 1 :], given[:named] + given[named + 1 :])
+            results.insert(named, cause if isinstance(cause, Exception) else error)
+            return results
+        half = len(given) // 2
+        return self._call_list(records[:half], given[:half]) + self._call_list(records[half:], given[half:])
 
     def _given(self, record: Record, outcome: Outcome) -> Any:
         """What the function takes: the payload, or the message. Raises what is known to be wrong with it."""
