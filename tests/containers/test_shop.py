@@ -189,6 +189,7 @@ def test_the_images_health_check_tells_a_database_that_does_not_fit(fleet: Fleet
 
 
 def test_the_shop_in_containers_with_kills(fleet: Fleet, services: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen to fail with an entrypoint that is a shell around `eo`: SIGTERM does not reach it, and nothing drains."""
     monkeypatch.setenv("EO_DATABASE_URL", services.database_url)
     monkeypatch.setenv("EO_KAFKA_BOOTSTRAP_SERVERS", services.bootstrap_servers)
     database = create_engine(services.database_url)
