@@ -60,7 +60,6 @@ class Request(NamedTuple):
         last = self.frame[-1] if self.version < 3 else self.frame[-2]
         return bool(last)
 
-
     @property
     def in_transaction(self) -> bool:
         """Of a Produce: whether it names a transactional id. Those that do not are of clients that fill topics."""

@@ -9,11 +9,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
 from confluent_kafka import KafkaException
 from pydantic import BaseModel
 
 from eoframework import App, Message, Topic
+from eoframework.errors import Retryable
 from eoframework.kafka import transaction
 from tests.crash import arm_from_environment
 
@@ -24,15 +27,12 @@ CRUMBS = 2
 class Item(BaseModel):
     key: str
     n: int
-    pad: int = 0
-    """So many bytes more has each of its parts."""
 
 
 class Part(BaseModel):
     key: str
     n: int
     part: int
-    pad: str = ""
 
 
 class Crumb(BaseModel):
@@ -52,7 +52,7 @@ def parts_of(item: Item) -> list[Part]:
     """Every tenth item has none: its offset moves on without any output."""
     if item.n % 10 == 9:
         return []
-    return [Part(key=f"{item.key}.{part}", n=item.n, part=part, pad="x" * item.pad) for part in range(PARTS)]
+    return [Part(key=f"{item.key}.{part}", n=item.n, part=part) for part in range(PARTS)]
 
 
 def crumbs_of(part: Part) -> list[Crumb]:
@@ -70,7 +70,7 @@ def pair(message: Message[Part]) -> Iterator[Crumb]:
 
 
 def abort_and_keep(producer: transaction.TransactionalProducer) -> None:
-    """Without the protection against a late abort."""
+    """Without the protection against a late abort: the same producer goes on."""
     # Nothing may be in flight: librdkafka would otherwise raise the epoch by itself, which is a protection too.
     client = producer._ready().client
     client.flush(5)
@@ -78,6 +78,22 @@ def abort_and_keep(producer: transaction.TransactionalProducer) -> None:
         client.abort_transaction(10)
 
 
+def fail_once(when: Path) -> None:
+    """A transaction fails once all its records are in the log, if there is such a file."""
+    send_offsets = transaction.TransactionalProducer.send_offsets
+
+    def send_or_fail(producer: transaction.TransactionalProducer, *args: Any, **kwargs: Any) -> None:
+        if when.exists():
+            when.unlink()
+            producer._ready().flush()
+            raise Retryable("the test wants this transaction to fail.")
+        send_offsets(producer, *args, **kwargs)
+
+    transaction.TransactionalProducer.send_offsets = send_or_fail  # type: ignore[method-assign]
+
+
+if "CHAIN_FAIL_ONCE" in os.environ:
+    fail_once(Path(os.environ["CHAIN_FAIL_ONCE"]))
 if "CHAIN_KEEP_AFTER_ABORT" in os.environ:
     transaction.TransactionalProducer.abort = abort_and_keep  # type: ignore[method-assign]
 if "CHAIN_PATIENCE" in os.environ:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
@@ -24,8 +24,6 @@ from tests.processes import eventually, produce, read_topic, settings_environmen
 
 KEYS = 5
 STAGES = ("fan", "pair")
-OVERSIZE = 1_500_000
-"""More than a client sends in one record."""
 
 Stage = Literal["fan", "pair"]
 Line = tuple[str, str]
@@ -71,11 +69,9 @@ class Scene:
 
     # --- what happens ---
 
-    def send(self, count: int, *, oversized_at: int | None = None) -> None:
-        """Items of KEYS keys; each key's numbers count up. The one at `oversized_at` has parts that no topic takes."""
+    def send(self, count: int) -> None:
+        """Items of KEYS keys; each key's numbers count up."""
         made = [Item(key=f"k{n % KEYS}", n=n) for n in range(self.sent, self.sent + count)]
-        if oversized_at is not None:
-            made[oversized_at] = made[oversized_at].model_copy(update={"pad": OVERSIZE})
         self.items += made
         produce(self.servers, self.a, [(item.key.encode(), _json(item).encode()) for item in made])
 
@@ -105,18 +101,9 @@ class Scene:
         """The group's offsets by partition, without those of transactions that are still open."""
         topic = self.a if stage == "fan" else self.b
         asked = [TopicPartition(topic, partition) for partition in range(self.partitions[topic])]
-        consumer = Consumer(
-            {
-                "bootstrap.servers": self.servers,
-                "group.id": self.groups[stage],
-                # Read uncommitted: the broker answers at once, and with what was committed last.
-                "isolation.level": "read_uncommitted",
-                "enable.auto.commit": False,
-            }
-        )
+        consumer = offsets_reader(self.servers, self.groups[stage])
         try:
-            found = _patiently(partial(consumer.committed, asked, timeout=10))
-            return {at.partition: max(at.offset, 0) for at in found}
+            return committed(consumer, asked)
         finally:
             consumer.close()
 
@@ -168,7 +155,7 @@ class Scene:
         return [(part.key, _json(crumb)) for part in self._parts() for crumb in crumbs_of(part)]
 
     def _parts(self) -> list[Part]:
-        return [part for item in self.items if item.pad < OVERSIZE for part in parts_of(item)]
+        return [part for item in self.items for part in parts_of(item)]
 
     # --- what must be so ---
 
@@ -237,12 +224,26 @@ def open_stages(services: Addresses, template: str, directory: Path) -> Iterator
         yield Stages(make_settings(url, services.bootstrap_servers), nursery, directory)
 
 
-def _patiently(ask: Callable[[], list[TopicPartition]]) -> list[TopicPartition]:
+def offsets_reader(servers: str, group: str) -> Consumer:
+    """A client that asks for the group's offsets, and is no member of it."""
+    return Consumer(
+        {
+            "bootstrap.servers": servers,
+            "group.id": group,
+            # Read uncommitted: the broker answers at once, and with what was committed last.
+            "isolation.level": "read_uncommitted",
+            "enable.auto.commit": False,
+        }
+    )
+
+
+def committed(reader: Consumer, asked: list[TopicPartition]) -> dict[int, int]:
+    """The group's offsets by partition, 0 where there is none."""
     # A broker that has just started says for a moment that it is not the group's coordinator.
     deadline = clock.monotonic() + 10
     while True:
         try:
-            return ask()
+            return {at.partition: max(at.offset, 0) for at in reader.committed(asked, timeout=10)}
         except KafkaException:
             if clock.monotonic() > deadline:
                 raise
