@@ -7,10 +7,10 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from types import TracebackType
-from typing import Any, TypeAlias, TypeVar, overload
+from typing import Any, TypeVar, overload
 from uuid import UUID, uuid4
 
 from eoframework import clock
@@ -18,9 +18,9 @@ from eoframework.errors import ConfigurationError, EoError, OutcomeUnknown, Perm
 from eoframework.kafka.config import sending_config
 from eoframework.kafka.destinations import Destination, Destinations
 from eoframework.kafka.sending import SendingClients
-from eoframework.message import OutboxMessage
 from eoframework.parts import Part
-from eoframework.producer_transaction import KafkaTransaction, Turn, record_of
+from eoframework.producer_records import Draft, Headers, Item, Records
+from eoframework.producer_transaction import KafkaTransaction, Turn
 from eoframework.sent import Batch, Pending, Promise, Sent
 from eoframework.settings import Settings
 from eoframework.topic import Topic
@@ -34,9 +34,7 @@ _NAME = re.compile(r"[a-zA-Z0-9._-]{1,100}")
 # Every message is reported within message.timeout.ms; a little later something is wrong with the client itself.
 _MARGIN = 10.0
 _AT_EXIT = 15.0
-
-Headers: TypeAlias = Mapping[str, str | bytes] | None
-_Item: TypeAlias = tuple[Topic[Any], Any, Part | None, UUID | str | None, Headers]
+_CHUNK = 2000
 
 
 class Producer:
@@ -62,7 +60,7 @@ class Producer:
         self._settings = settings or Settings.load()
         self._settings.require_bootstrap_servers()
         self._name = name
-        self._source = source or name or "eoframework"
+        self._records = Records(source or name or "eoframework")
         self._transactional_id = f"eo.producer.{name or uuid4()}"
         self._patience = self._settings.transaction_timeout
         self._lock = threading.Lock()
@@ -113,7 +111,7 @@ class Producer:
         """
         deadline = self._deadline(timeout)
         self._refuse_own_thread()
-        ticket = self._post((topic, payload, key, id, headers), traceparent, deadline)
+        ticket = self._post(Item(topic, payload, key, id, headers, traceparent), deadline)
         try:
             return ticket.pending.result(max(deadline - clock.monotonic(), 0) + (_MARGIN if timeout is None else 0))
         except TimeoutError:
@@ -140,7 +138,7 @@ class Producer:
         timeout: how long to wait for room in the queue, or, at a topic's first message, for Kafka.
         Raises at once what shows before it is queued: EncodeError, ConfigurationError, Retryable.
         """
-        return self._post((topic, payload, key, id, headers), traceparent, self._deadline(timeout)).pending
+        return self._post(Item(topic, payload, key, id, headers, traceparent), self._deadline(timeout)).pending
 
     @overload
     def send_many(self, topic: Topic[T], payloads: Iterable[T], /, *, timeout: float | None = None) -> list[Sent]: ...
@@ -161,10 +159,9 @@ class Producer:
         end = None if timeout is None else clock.monotonic() + timeout
         batch = Batch()
         try:
-            for item in _items(first, payloads):
-                self._place(item, batch, end)
-                if batch.failure is not None:
-                    break
+            items = _items(first, payloads)
+            while self._place_some(items, batch, end):
+                self._wait(batch, end, until=_CHUNK)
         except EoError as error:
             batch.refuse(error)
         except Exception as error:  # the user's iterable: what it gave so far is on its way
@@ -216,31 +213,39 @@ class Producer:
 
     # --- one message ---
 
-    def _post(self, item: _Item, traceparent: str | None, deadline: float) -> Promise:
+    def _post(self, item: Item, deadline: float) -> Promise:
         self._check_usable()
-        message, destination = self._prepare(item, traceparent, deadline)
-        ticket = Promise(message.id, destination, _size(message), self._failed)
-        self._clients.send(record_of(message, ticket), destination, deadline=deadline)
+        draft, destination = self._prepare(item, deadline)
+        ticket = Promise(draft.id, destination, draft.size, self._failed)
+        self._clients.send(draft.record(ticket), destination, deadline=deadline)
         return ticket
 
-    def _place(self, item: _Item, batch: Batch, end: float | None) -> None:
+    def _place(self, item: Item, batch: Batch, end: float | None) -> None:
         deadline = clock.monotonic() + self._patience if end is None else end
-        message, destination = self._prepare(item, None, deadline)
-        ticket = batch.ticket(message.id, destination, _size(message))
+        draft, destination = self._prepare(item, deadline)
+        ticket = batch.ticket(draft.id, destination, draft.size)
         try:
-            self._clients.send(record_of(message, ticket), destination, deadline=deadline)
+            self._clients.send(draft.record(ticket), destination, deadline=deadline)
         except EoError as error:
             ticket.failed(error)
 
-    def _prepare(self, item: _Item, traceparent: str | None, deadline: float) -> tuple[OutboxMessage, Destination]:
-        topic, payload, key, message_id, headers = item
-        message = topic.encode(
-            payload, source=self._source, key=key, id=message_id, headers=headers, traceparent=traceparent
-        )
-        return message, self._destinations.look(topic.name, deadline=deadline)
+    def _prepare(self, item: Item, deadline: float) -> tuple[Draft, Destination]:
+        draft = self._records.make(item)
+        return draft, self._destinations.look(draft.topic, deadline=deadline)
 
-    def _wait(self, batch: Batch, end: float | None) -> None:
-        batch.wait(self._patience + _MARGIN if end is None else max(end - clock.monotonic(), 0))
+    def _place_some(self, items: Iterator[Item], batch: Batch, end: float | None) -> bool:
+        """Queue a chunk; whether there may be more to queue."""
+        with self._clients.gate:
+            for number, item in enumerate(items, start=1):
+                self._place(item, batch, end)
+                if batch.failure is not None:
+                    return False
+                if number == _CHUNK:
+                    return True
+        return False
+
+    def _wait(self, batch: Batch, end: float | None, *, until: int = 0) -> None:
+        batch.wait(self._patience + _MARGIN if end is None else max(end - clock.monotonic(), 0), until=until)
 
     def _deadline(self, timeout: float | None) -> float:
         return clock.monotonic() + (self._patience if timeout is None else timeout)
@@ -304,11 +309,7 @@ class Producer:
         raise error
 
 
-def _items(first: Any, payloads: Iterable[Any] | None) -> Iterator[_Item]:
+def _items(first: Any, payloads: Iterable[Any] | None) -> Iterator[Item]:
     if payloads is not None:
-        return ((first, payload, None, None, None) for payload in payloads)
-    return ((out.topic, out.payload, out.key, out.id, out.headers) for out in first)
-
-
-def _size(message: OutboxMessage) -> int:
-    return len(message.payload or b"") + len(message.key or b"")
+        return (Item(first, payload) for payload in payloads)
+    return (Item(out.topic, out.payload, out.key, out.id, out.headers) for out in first)

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TypeVar
 from uuid import UUID
 
 from eoframework import clock
-from eoframework.cloudevents import outgoing_headers
 from eoframework.errors import (
     Abortable,
     EncodeError,
@@ -27,13 +26,12 @@ from eoframework.errors import (
 )
 from eoframework.kafka.admin import NotAuthorized, UnknownTopic
 from eoframework.kafka.config import sending_transaction_config
-from eoframework.kafka.delivery import Ticket
 from eoframework.kafka.destinations import Destination
 from eoframework.kafka.outcome import was_committed
 from eoframework.kafka.producer import REQUEST_SHARE, Outgoing, Rejected
 from eoframework.kafka.transaction import TransactionalProducer
-from eoframework.message import OutboxMessage
 from eoframework.parts import Part
+from eoframework.producer_records import Draft, Headers, Item
 from eoframework.sent import Batch, Sent
 from eoframework.settings import Settings
 from eoframework.topic import Topic
@@ -49,7 +47,7 @@ _NOTHING = "The Kafka transaction was aborted: readers see nothing of it."
 _FENCED_REMEDY = "Give each process its own name=, or none; if this is the rightful one, make another Producer."
 _NEVER = threading.Event()
 
-Prepare = Callable[[tuple[Topic[Any], Any, Any, Any, Any], str | None, float], tuple[OutboxMessage, Destination]]
+Prepare = Callable[[Item, float], tuple[Draft, Destination]]
 
 
 class Turn:
@@ -174,7 +172,7 @@ class KafkaTransaction:
         *,
         key: Part | None = None,
         id: UUID | str | None = None,  # noqa: A002 - the user's word for it
-        headers: Mapping[str, str | bytes] | None = None,
+        headers: Headers = None,
         traceparent: str | None = None,
     ) -> UUID:
         """Add a message; returns its id. Readers see it if and when the block ends well.
@@ -184,15 +182,14 @@ class KafkaTransaction:
         """
         self._check_open()
         deadline = clock.monotonic() + self._turn.patience
-        message, destination = self._prepare((topic, payload, key, id, headers), traceparent, deadline)
-        size = len(message.payload or b"") + len(message.key or b"")
-        ticket = self._batch.ticket(message.id, destination, size)
-        self._destinations.setdefault(topic.name, destination)
-        self._held.append(record_of(message, ticket))
-        self._held_bytes += size
+        draft, destination = self._prepare(Item(topic, payload, key, id, headers, traceparent), deadline)
+        ticket = self._batch.ticket(draft.id, destination, draft.size)
+        self._destinations.setdefault(draft.topic, destination)
+        self._held.append(draft.record(ticket))
+        self._held_bytes += draft.size
         if len(self._held) >= _HELD or self._held_bytes >= _HELD_BYTES:
             self._guarded(self._produce)
-        return message.id
+        return draft.id
 
     def _check_open(self) -> None:
         if self._state != "open":
@@ -335,17 +332,3 @@ def _topic_trouble(error: Rejected) -> EoError:
         remedy = "Grant WRITE on the topic to this principal (kafka-acls), or use another one (EO_KAFKA_SASL_*)."
         return NotAuthorized(f"{error.what} {_NOTHING}", remedy=remedy)
     return UnknownTopic(f"{error.what} {_NOTHING}", remedy="Run: eo topics apply MODULE:APP")
-
-
-def record_of(message: OutboxMessage, ticket: Ticket) -> Outgoing:
-    """The record of a message, with the headers that the relay would write."""
-    headers = outgoing_headers(
-        id=message.id,
-        source=message.source,
-        type=message.type,
-        time=clock.now(),
-        content_type=message.content_type,
-        headers=message.headers,
-        traceparent=message.traceparent,
-    )
-    return Outgoing(message.topic, message.key, message.payload, list(headers), ticket=ticket)

@@ -88,7 +88,7 @@ class Batch:
         self.tickets: list[Ticket] = []
         self.failure: EoError | None = None
         """The first one; whoever is still sending stops."""
-        self._open = 0
+        self._open = self._awaited = 0
         self._lock = threading.Lock()
         self._settled = threading.Event()
 
@@ -114,14 +114,15 @@ class Batch:
         # Two clients have two threads.
         with self._lock:
             self._open -= 1
-            if not self._open:
+            if self._open <= self._awaited:
                 self._settled.set()
 
-    def wait(self, seconds: float) -> None:
-        """Until every ticket given out was told, or the time is over."""
+    def wait(self, seconds: float, *, until: int = 0) -> None:
+        """Until at most so many tickets were not told yet, or the time is over."""
         with self._lock:
+            self._awaited = until
             self._settled.clear()
-            if not self._open:
+            if self._open <= until:
                 return
         self._settled.wait(seconds)
 

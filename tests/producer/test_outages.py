@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -129,19 +129,20 @@ def transact(producer: Producer, orders: OrderTopic, count: int = 6) -> list[Sen
 
 
 @pytest.fixture
-def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calls of the client give up after a second."""
-    monkeypatch.setattr(transaction, "_CALL_TIMEOUT", 1.0)
+def hurry(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """From then on the client's calls give up after a second."""
+    return lambda: monkeypatch.setattr(transaction, "_CALL_TIMEOUT", 1.0)
 
 
 def test_a_commit_without_an_answer_that_happened(
-    own: Own, settings: Settings, make_producer: MakeProducer, orders: OrderTopic, hasty: None
+    own: Own, settings: Settings, make_producer: MakeProducer, orders: OrderTopic, hurry: Callable[[], None]
 ) -> None:
     """Found in the log, so the block ends well. Seen to fail (Retryable: a second run would double it) with
     `was_committed` saying False.
     """
     producer = make_producer(settings)
     transact(producer, orders, 1)
+    hurry()
     own.wire.end = "unanswered"
     with when("kafka.producer.replaced", lambda: setattr(own.wire, "end", "")):
         sent = transact(producer, orders)
@@ -151,13 +152,14 @@ def test_a_commit_without_an_answer_that_happened(
 
 
 def test_a_commit_without_an_answer_that_did_not_happen(
-    own: Own, settings: Settings, make_producer: MakeProducer, orders: OrderTopic, hasty: None
+    own: Own, settings: Settings, make_producer: MakeProducer, orders: OrderTopic, hurry: Callable[[], None]
 ) -> None:
     """Found to be missing from the log, so it may run again. Seen to fail (taken for committed, and lost) with
     `was_committed` saying True.
     """
     producer = make_producer(settings)
     transact(producer, orders, 1)
+    hurry()
     own.wire.end = "lost"
     with (
         when("kafka.producer.replaced", lambda: setattr(own.wire, "end", "")),
@@ -172,12 +174,13 @@ def test_a_commit_without_an_answer_that_did_not_happen(
 
 @pytest.mark.parametrize("end", ["lost", "unanswered"])
 def test_a_commit_that_nobody_can_tell_of(
-    own: Own, settings: Settings, make_producer: MakeProducer, orders: OrderTopic, hasty: None, end: str
+    own: Own, settings: Settings, make_producer: MakeProducer, orders: OrderTopic, hurry: Callable[[], None], end: str
 ) -> None:
     """Without the right to read, there is no way to know: OutcomeUnknown, with what a second attempt needs."""
     client = AdminClient({"bootstrap.servers": settings.require_bootstrap_servers()})
     producer = make_producer(settings)
     transact(producer, orders, 1)
+    hurry()
     deny(client, orders.name, AclOperation.READ)
     own.wire.end = end  # type: ignore[assignment]
     try:
@@ -195,11 +198,12 @@ def test_a_commit_that_nobody_can_tell_of(
 
 
 def test_broker_gone_at_the_commit(
-    own: Own, settings: Settings, make_producer: MakeProducer, orders: OrderTopic, hasty: None
+    own: Own, settings: Settings, make_producer: MakeProducer, orders: OrderTopic, hurry: Callable[[], None]
 ) -> None:
     """Waited for as long as a transaction may take, then unknown."""
     producer = make_producer(settings.model_copy(update={"transaction_timeout": 3.0}))
     transact(producer, orders, 1)
+    hurry()
     try:
         with (
             when("kafka.transaction.committing", own.services.kafka.kill),
@@ -213,11 +217,12 @@ def test_broker_gone_at_the_commit(
 
 
 def test_broker_frozen_at_the_commit(
-    own: Own, settings: Settings, make_producer: MakeProducer, orders: OrderTopic, hasty: None
+    own: Own, settings: Settings, make_producer: MakeProducer, orders: OrderTopic, hurry: Callable[[], None]
 ) -> None:
     """Whatever became of it, the block says what the log says."""
     producer = make_producer(settings)
     transact(producer, orders, 1)
+    hurry()
     timer = threading.Timer(2.5, own.services.kafka.resume)
 
     def freeze() -> None:

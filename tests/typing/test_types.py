@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Annotated, Any
 from pydantic import BaseModel, Field
 from sqlalchemy.orm import Session
-from eoframework import App, Message, Out, Topic, Tx
+from eoframework import App, Message, Out, Producer, Sent, Topic, Tx
 
 class Order(BaseModel):
     order_id: int
@@ -33,6 +33,15 @@ app = App("shop")
 """
 
 RIGHT = """
+def without_a_database(producer: Producer) -> None:
+    sent: Sent = producer.send(orders, Order(order_id=1), key="a", id="b", headers={"c": "d"}, timeout=1)
+    many: list[Sent] = producer.send_many(orders, (Order(order_id=n) for n in range(9)))
+    many = producer.send_many([Out(orders, Order(order_id=1)), Out(raw, b"", key=1)], timeout=1)
+    sent = producer.send_soon(maybe, None, key=1).result()
+    with app.producer.transaction() as t:
+        t.send(orders, Order(order_id=1))
+    many = t.sent
+
 def web(session: Session) -> None:
     app.publish(session, orders, Order(order_id=1), key="a", delay=3)
     app.publish(session, maybe, None, key="a")
@@ -106,6 +115,12 @@ def plain_call(tx: Tx) -> None:
 """
 
 WRONG = [
+    "def f(p: Producer) -> None: p.send(orders, Refund(order_id=1))",
+    "def f(p: Producer) -> None: p.send_soon(orders, None)",
+    "def f(p: Producer) -> None: p.send_many(orders, [Refund(order_id=1)])",
+    "def f(p: Producer) -> None: p.send_many([Order(order_id=1)])",
+    "def f(p: Producer) -> None: p.transaction().send(raw, 'x')",
+    "def f(p: Producer) -> int: return p.send(raw, b'x')",
     "def f(s: Session) -> None: app.publish(s, orders, Refund(order_id=1))",
     "def f(s: Session) -> None: app.publish(s, orders, {'order_id': 1})",
     "def f(s: Session) -> None: app.publish(s, orders, None)",
