@@ -18,6 +18,7 @@ from eoframework import logs
 from eoframework.app import App
 from eoframework.consume.worker import ConsumeWorker
 from eoframework.db import migrating, readiness
+from eoframework.db.grants import Purpose
 from eoframework.db.session import Database
 from eoframework.errors import ConfigurationError, EoError, NotFound
 from eoframework.handlers import Handler
@@ -95,8 +96,10 @@ def choose_handler(app: App, name: str) -> Handler:
     )
 
 
-def open_database(app: App, *, stop: threading.Event, wait: bool) -> Database | None:
+def open_database(app: App, *, stop: threading.Event, wait: bool, purpose: Purpose | None = "app") -> Database | None:
     """The app's database, answering, with the schema this code needs and the rights it needs; None when stopped.
+
+    purpose: what its role is for; None where the command itself will say what is missing.
 
     Raises Unreachable without `wait`, SchemaOutOfDate, ConfigurationError.
     """
@@ -106,7 +109,8 @@ def open_database(app: App, *, stop: threading.Event, wait: bool) -> Database | 
     if not readiness.wait_until_reachable(database, stop=stop, wait=wait):
         return None
     migrating.check(database)
-    readiness.check_rights(database)
+    if purpose is not None:
+        readiness.check_rights(database, purpose)
     return database
 
 
@@ -116,14 +120,14 @@ def open_kafka(settings: Settings, *, stop: threading.Event, wait: bool) -> Admi
     return admin if admin.wait_until_reachable(stop=stop, wait=wait) else None
 
 
-def prepare(app: App, *, stop: threading.Event, wait: bool = True) -> Ready | None:
+def prepare(app: App, *, stop: threading.Event, wait: bool = True, purpose: Purpose | None = "app") -> Ready | None:
     """The app with its services answering and fitting; None when `stop` was set while waiting for them.
 
     Raises ConfigurationError, SchemaOutOfDate, Unreachable (without `wait`); nothing was started then.
     """
     settings = app.settings
     settings.require_bootstrap_servers()
-    database = open_database(app, stop=stop, wait=wait)
+    database = open_database(app, stop=stop, wait=wait, purpose=purpose)
     admin = open_kafka(settings, stop=stop, wait=wait) if database is not None else None
     return None if database is None or admin is None else Ready(app, settings, database, admin)
 

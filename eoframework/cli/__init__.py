@@ -19,7 +19,7 @@ COMMANDS = {
     "run": "Run an app's handlers.",
     "relay": "Publish the outbox to Kafka.",
     "dev": "A real Kafka and PostgreSQL for development.",
-    "db": "eoframework's tables: upgrade, current, check, sql, downgrade.",
+    "db": "eoframework's tables: upgrade, current, check, grants, sql, downgrade.",
     "topics": "An app's topics: plan, apply.",
     "publish": "Publish JSON lines from standard input through the outbox.",
     "dead": "Messages that failed for good, or wait: ls, show, try, replay, discard.",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Annotated
 
 import typer
 
 from eoframework.cli import options, reach
-from eoframework.db import migrating, readiness
+from eoframework.db import grants, migrating, readiness
+from eoframework.db.grants import Purpose, Roles
 from eoframework.schema import Schema
 
 app = typer.Typer(no_args_is_help=True)
@@ -55,12 +57,54 @@ def current(as_json: options.Json = False, no_wait: options.NoWait = False, assi
 
 
 @app.command()
-def check(as_json: options.Json = False, no_wait: options.NoWait = False, assignments: options.Set = None) -> None:
+def check(
+    role: Annotated[Purpose, typer.Option("--role", help="What the role of EO_DATABASE_URL is for.")] = "app",
+    as_json: options.Json = False,
+    no_wait: options.NoWait = False,
+    assignments: options.Set = None,
+) -> None:
     """Exit with 3 unless the tables are the ones this release needs and the role may use them."""
     database = reach.server(options.start(assignments), wait=not no_wait)
     version = migrating.check(database)
-    readiness.check_rights(database)
+    readiness.check_rights(database, role)
     options.show({"version": version, "schema": database.schema.name}, f"version {version}: good", as_json=as_json)
+
+
+@app.command("grants")
+def grants_(
+    owner: Annotated[str | None, typer.Option("--owner", metavar="ROLE", help="Owns the tables.")] = None,
+    app_role: Annotated[
+        str | None, typer.Option("--app", metavar="ROLE", help="eo run, app.publish, operators.")
+    ] = None,
+    relay: Annotated[str | None, typer.Option("--relay", metavar="ROLE", help="eo relay.")] = None,
+    observer: Annotated[str | None, typer.Option("--observer", metavar="ROLE", help="Reads; no payloads.")] = None,
+    payloads: Annotated[bool, typer.Option("--payloads", help="The observer reads payloads and errors too.")] = False,
+    apply: Annotated[bool, typer.Option("--apply", help="Do it, in one transaction.")] = False,
+    as_json: options.Json = False,
+    no_wait: options.NoWait = False,
+    assignments: options.Set = None,
+) -> None:
+    """Print the SQL that gives existing roles the rights they need and no others; needs no database without --apply.
+
+    To be said again after each upgrade that brings new tables.
+    """
+    roles = Roles(owner=owner, app=app_role, relay=relay, observer=observer)
+    settings = options.start(assignments)
+    schema = Schema(settings.database_schema)
+    document: dict[str, object] = {"schema": schema.name, "applied": apply, "roles": dataclasses.asdict(roles)}
+    document["statements"] = grants.statements(schema, roles, payloads=payloads)
+    document["notes"] = grants.notes(roles)
+    text = grants.script(schema, roles, payloads=payloads)
+    if apply:
+        database = reach.server(settings, wait=not no_wait)
+        if roles.given():
+            migrating.check(database)
+        grants.apply(database, roles, payloads=payloads)
+        text = "\n".join(
+            f"{role}: has what {purpose} needs, and nothing else" for purpose, role in roles.given().items()
+        )
+        text = "\n".join(filter(None, [text, f"{owner}: owns schema {schema.name}" if owner else ""]))
+    options.show(document, text, as_json=as_json)
 
 
 @app.command()

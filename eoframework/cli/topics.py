@@ -48,7 +48,7 @@ def apply(
 
 
 def _compare(reference: str, *, wait: bool) -> tuple[Admin, list[Difference]]:
-    ready = bootstrap.prepare(bootstrap.load_app(reference), stop=threading.Event(), wait=wait)
+    ready = bootstrap.prepare(bootstrap.load_app(reference), stop=threading.Event(), wait=wait, purpose=None)
     assert ready is not None, "nobody sets this event"
     brokers = ready.admin.broker_count()
     provision.warn_of_few_brokers(brokers)

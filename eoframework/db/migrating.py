@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shlex
 import threading
 from pathlib import Path
 
@@ -11,13 +12,18 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from alembic.util.exc import CommandError
-from sqlalchemy import Connection, inspect
+from sqlalchemy import Connection, inspect, text
 
 from eoframework.db.session import Database
 from eoframework.errors import ConfigurationError, NotFound, SchemaOutOfDate
 from eoframework.schema import Schema
 
 VERSION_TABLE = "alembic_version"
+
+# By name it may only be asked for by who may look into the schema.
+_READABLE = """
+SELECT CASE WHEN has_schema_privilege(:schema, 'USAGE') THEN has_table_privilege(:table, 'SELECT') ELSE false END
+"""
 
 # alembic's environment lives in globals of its modules.
 _ONE_AT_A_TIME = threading.Lock()
@@ -94,11 +100,24 @@ def sql(schema: Schema, revision: str = "head") -> str:
 def _current(connection: Connection, schema: Schema) -> str | None:
     if not inspect(connection).has_table(VERSION_TABLE, schema=schema.name):
         return None
+    _refuse_unreadable(connection, schema)
     context = MigrationContext.configure(
         connection, opts={"version_table": VERSION_TABLE, "version_table_schema": schema.name}
     )
     heads = context.get_current_heads()
     return heads[0] if heads else None
+
+
+def _refuse_unreadable(connection: Connection, schema: Schema) -> None:
+    table = f'"{schema.name}".{VERSION_TABLE}'
+    values = {"schema": schema.name, "table": table}
+    if not connection.scalar(text(_READABLE), values):
+        role = connection.scalar(text("SELECT current_user::text"))
+        raise ConfigurationError(
+            f"database role {role!r} may not read {table}.",
+            remedy=f"As owner: eo db grants --app {shlex.quote(str(role))} --apply (or --relay, --observer; without "
+            "--apply it prints the SQL).",
+        )
 
 
 def _refuse_newer(schema: Schema, found: str | None) -> None:

@@ -14,9 +14,12 @@ from eoframework.db.coverage import note_reached
 from eoframework.db.session import Database
 from eoframework.errors import FailClosed
 
+# When a session of another role began may not be looked at; a number that is in use then counts as the owner's: whoever
+# took a running worker for a dead one would move its partitions.
 _ROWS = """
 SELECT c.name, p.topic, p.topic_id, p.partition, p.next_offset, p.epoch, p.owner, p.claimed_at,
-    EXISTS (SELECT FROM pg_stat_activity a WHERE a.pid = p.backend_pid AND a.backend_start = p.backend_start),
+    EXISTS (SELECT FROM pg_stat_activity a WHERE a.pid = p.backend_pid
+        AND coalesce(a.backend_start = p.backend_start, true)),
     coalesce(v.covered_from, 0)
 FROM {eo}.position p JOIN {eo}.consumer c ON c.id = p.consumer_id
     LEFT JOIN {eo}.coverage v USING (consumer_id, topic_id, partition)

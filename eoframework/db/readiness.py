@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 import re
+import shlex
 import threading
 
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
 from eoframework import clock
+from eoframework.db import grants
+from eoframework.db.grants import Purpose
 from eoframework.db.session import Database
 from eoframework.errors import ConfigurationError, Unreachable
 
@@ -25,15 +28,6 @@ _REFUSED = re.compile(
     re.IGNORECASE,
 )
 _TELL_EVERY = 30.0
-
-_MISSING_RIGHTS = """
-SELECT c.relname, p.privilege FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace,
-    unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) AS p(privilege)
-WHERE n.nspname = :schema AND c.relkind IN ('r', 'p') AND c.relname <> 'alembic_version'
-    AND has_schema_privilege(n.oid, 'USAGE') AND NOT has_table_privilege(c.oid, p.privilege)
-UNION ALL
-SELECT nspname, 'USAGE' FROM pg_namespace WHERE nspname = :schema AND NOT has_schema_privilege(oid, 'USAGE')
-"""
 
 
 def wait_until_reachable(database: Database, *, stop: threading.Event | None = None, wait: bool = True) -> bool:
@@ -64,17 +58,16 @@ def wait_until_reachable(database: Database, *, stop: threading.Event | None = N
     return False
 
 
-def check_rights(database: Database) -> None:
-    """Raise ConfigurationError if the role lacks a right on one of our tables; names the GRANT."""
+def check_rights(database: Database, purpose: Purpose = "app") -> None:
+    """Raise ConfigurationError if the role lacks a right its purpose needs; names it, and what grants it."""
     with database.begin("reading the role's rights") as connection:
-        missing = list(connection.execute(text(_MISSING_RIGHTS), {"schema": database.schema.name}))
-    if missing:
-        names = ", ".join(f"{privilege} on {table}" for table, privilege in missing[:4])
-        schema = database.schema.name
+        role = connection.exec_driver_sql("SELECT current_user::text").scalar_one()
+        lacking = grants.missing(connection, database.schema, purpose)
+    if lacking:
         raise ConfigurationError(
-            f"the database role lacks rights on schema {schema!r}: {names}{' ...' if len(missing) > 4 else ''}.",
-            remedy=f"As owner: GRANT USAGE ON SCHEMA {schema} TO role; "
-            f"GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA {schema} TO role;",
+            f"database role {role!r} lacks rights on schema {database.schema.name!r}: {', '.join(lacking[:4])}"
+            f"{' ...' if len(lacking) > 4 else ''}.",
+            remedy=f"As owner: eo db grants --{purpose} {shlex.quote(role)} --apply (without it, the SQL).",
         )
 
 

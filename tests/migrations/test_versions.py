@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 from sqlalchemy import Engine, create_engine, make_url, text
 
-from eoframework.db import migrating, readiness
+from eoframework.db import grants, migrating, readiness
 from eoframework.db.session import Database
 from eoframework.errors import ConfigurationError, EoError, NotFound, SchemaOutOfDate
 from eoframework.schema import Schema
@@ -195,15 +195,16 @@ class TestWithoutRights:
             connection.execute(text(f"DROP OWNED BY {role}"))
 
     def test_missing_rights_are_named_with_the_grant(self, database: Database, theirs: Database, role: str) -> None:
-        with pytest.raises(ConfigurationError, match=r"USAGE.*GRANT USAGE ON SCHEMA eo"):
+        with pytest.raises(ConfigurationError, match=f"may not read.*eo db grants --app {role} --apply"):
+            migrating.check(theirs)
+        with pytest.raises(ConfigurationError, match=f"USAGE on schema eo.*eo db grants --app {role} --apply"):
             readiness.check_rights(theirs)
         with database.begin("test") as connection:
             connection.execute(text(f"GRANT USAGE ON SCHEMA eo TO {role}"))
             connection.execute(text(f"GRANT SELECT, INSERT, UPDATE ON ALL TABLES IN SCHEMA eo TO {role}"))
-        with pytest.raises(ConfigurationError, match="DELETE on"):
+        with pytest.raises(ConfigurationError, match=r"DELETE on attempt.*eo db grants"):
             readiness.check_rights(theirs)
-        with database.begin("test") as connection:
-            connection.execute(text(f"GRANT DELETE ON ALL TABLES IN SCHEMA eo TO {role}"))
+        grants.apply(database, grants.Roles(app=role))
         readiness.check_rights(theirs)
 
     def test_a_schema_made_by_a_dba_needs_no_right_to_make_one(
