@@ -67,10 +67,20 @@ def cause_of(error: Exception, *, text: bool) -> Cause:
     return Cause(name[:200], fingerprint, place, clean(words(error), MAX_ERROR), clean(told, MAX_TRACEBACK))
 
 
-def dead_letter_message(group: str, topic: str, parked: Parked, cause: Cause, why: str) -> OutboxMessage:
-    """What is sent to a topic of dead letters: the record as it was, and in its headers what became of it."""
+def told(cause: Cause) -> str:
+    """The cause in a line of the log, with the beginning of its text where that may be shown."""
+    return f"{cause}: {' '.join(cause.error[:200].split())}" if cause.error else str(cause)
+
+
+def dead_letter_message(
+    group: str, topic: str, parked: Parked, cause: Cause, why: str, *, error: str | None = None
+) -> OutboxMessage:
+    """What is sent to a topic of dead letters: the record as it was, and in its headers what became of it.
+
+    error: the error's text, where no row of the database has it.
+    """
     record = parked.record
-    told = {
+    what = {
         "eo-dlt-consumer": group,
         "eo-dlt-topic": record.topic,
         "eo-dlt-partition": str(record.partition),
@@ -79,6 +89,8 @@ def dead_letter_message(group: str, topic: str, parked: Parked, cause: Cause, wh
         "eo-dlt-cause": f"{cause}: {why}",
         "eo-dlt-fingerprint": cause.fingerprint,
     }
+    if error is not None:
+        what["eo-dlt-error"] = error
     return OutboxMessage(
         id=new_id(),
         topic=topic,
@@ -87,7 +99,7 @@ def dead_letter_message(group: str, topic: str, parked: Parked, cause: Cause, wh
         type="eoframework.dead-letter",
         source=group,
         content_type="application/octet-stream",
-        headers=tuple((name, value.encode()) for name, value in told.items()) + _original(record.headers),
+        headers=tuple((name, value.encode()) for name, value in what.items()) + _original(record.headers),
     )
 
 

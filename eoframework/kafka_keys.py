@@ -81,6 +81,10 @@ _LOSS = "an offset out of range must stop the consumer, not skip or repeat recor
 _ACKS = "a record that only the leader holds is lost with the leader"
 _PARTITIONER = "a key must keep its partition across producers and releases, or its order is lost"
 _QUARANTINE = "the rule that keeps a late end of a Kafka transaction from tearing the next one rests on 100 ms"
+_MESSAGE_TIMEOUT = (
+    "it follows EO_TRANSACTION_TIMEOUT (for transforms: use EO_TRANSFORM_MESSAGE_TIMEOUT), or a record outlives its "
+    "Kafka transaction"
+)
 _NO_CALLBACK = "callbacks cannot come from settings"
 
 REASONS: Mapping[str, str] = {
@@ -100,17 +104,17 @@ REASONS: Mapping[str, str] = {
     "request.required.acks": _ACKS,
     "enable.idempotence": "a producer's own retry would write the record twice",
     "enable.gapless.guarantee": "a failed record aborts its whole Kafka transaction already",
-    "delivery.report.only.error": "the relay counts the confirmation of every record",
+    "delivery.report.only.error": "whoever sends counts the confirmation of every record",
     "partitioner": _PARTITIONER,
     "retry.backoff.ms": _QUARANTINE,
     "retry.backoff.max.ms": _QUARANTINE,
     "group.id": "the group is named by the app and the handler; use @app.handler(name=...)",
     "group.protocol": "use EO_GROUP_PROTOCOL",
     "max.poll.interval.ms": "it stands above the other timeouts; use EO_MAX_POLL_INTERVAL (seconds)",
-    "transactional.id": "it names the owner of a relay shard; two of the same name fence each other",
-    "transaction.timeout.ms": "use EO_TRANSACTION_TIMEOUT (seconds)",
-    "message.timeout.ms": "it follows EO_TRANSACTION_TIMEOUT, or a record outlives its Kafka transaction",
-    "delivery.timeout.ms": "it follows EO_TRANSACTION_TIMEOUT, or a record outlives its Kafka transaction",
+    "transactional.id": "two of one name fence each other; a transform's follows EO_INSTANCE, a Producer's its name=",
+    "transaction.timeout.ms": "use EO_TRANSACTION_TIMEOUT, for transforms EO_TRANSFORM_TRANSACTION_TIMEOUT (seconds)",
+    "message.timeout.ms": _MESSAGE_TIMEOUT,
+    "delivery.timeout.ms": _MESSAGE_TIMEOUT,
     "bootstrap.servers": "use EO_KAFKA_BOOTSTRAP_SERVERS",
     "metadata.broker.list": "use EO_KAFKA_BOOTSTRAP_SERVERS",
     "client.id": "it names the worker, so that broker logs and `eo` speak of the same thing",

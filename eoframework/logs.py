@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import sys
+import threading
 from collections.abc import Iterable
 from datetime import UTC, datetime
 
@@ -55,10 +56,19 @@ def configure(settings: Settings) -> None:
 
 
 class _Text(logging.Formatter):
-    """`14:03:07 WARNING relay shard 2: ...`"""
+    """`14:03:07 WARNING relay shard 2: ...`; whoever a line names itself is named once."""
 
     def __init__(self) -> None:
-        super().__init__("%(asctime)s %(levelname)-7s %(threadName)s: %(message)s", "%H:%M:%S")
+        super().__init__("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        thread = "main" if record.thread == threading.main_thread().ident else str(record.threadName)
+        # "transform shop.plan: shop.plan: ...", or the same with "transform" twice.
+        message = record.message
+        for said in (thread, thread.rpartition(" ")[2]):
+            message = message.removeprefix(f"{said}: ")
+        shown = logging.makeLogRecord(vars(record) | {"message": f"{thread}: {message}"})
+        return super().formatMessage(shown)
 
     def format(self, record: logging.LogRecord) -> str:
         return redact(super().format(record))

@@ -268,9 +268,10 @@ class Topic(Generic[T]):
             value: object = self._codec.encode(payload)
         except Exception as error:  # a codec is anybody's code; nothing was published
             detail = parts.describe(error)
-            expected = unwrap(self.payload_type)
+            bare = unwrap(self.payload_type)
+            expected = bare.__name__ if isinstance(bare, type) else bare
             raise EncodeError(
-                f"{self.name}: a {type(payload).__name__} cannot be written as {expected!r}: {detail}"
+                f"{self.name}: a {type(payload).__name__} cannot be written as {expected}: {detail}"
             ) from error
         if not isinstance(value, bytes):
             returned = type(value).__name__
@@ -330,7 +331,8 @@ class Topic(Generic[T]):
             raise EncodeError(
                 f"{self.name}: the message has {size} bytes ({value} of them payload), allowed are {self.max_bytes}.",
                 remedy="Send a reference to the data instead, compress it in a codec, or raise all three: "
-                "Topic(max_bytes=), the topic's max.message.bytes and EO_KAFKA_MESSAGE_MAX_BYTES of the relay.",
+                "Topic(max_bytes=), the topic's max.message.bytes and EO_KAFKA_MESSAGE_MAX_BYTES of the process that "
+                "sends to Kafka.",
             )
 
 

@@ -23,7 +23,7 @@ from eoframework.db.processed import ProcessedMessages
 from eoframework.db.session import Connection
 from eoframework.errors import DecodeError, FailClosed, HandlerTimedOut, IdledTooLong, Retryable, TimedOut
 from eoframework.external import InFlight
-from eoframework.failures import Cause, Parked, cause_of, dead_letter_message
+from eoframework.failures import Cause, Parked, cause_of, dead_letter_message, told
 from eoframework.handlers import Handler
 from eoframework.message import OutboxMessage
 from eoframework.retry import GiveUp, Retry, Tally, streaks
@@ -287,7 +287,7 @@ class Failures:
         def tell() -> None:
             log.warning(
                 "%s: %s failed (attempt %d, %s); rolled back, it is tried again in %.1f s and %s waits behind it",
-                *(self._handler.group, delivery.record, delivery.attempts + 1, _told(cause), wait),
+                *(self._handler.group, delivery.record, delivery.attempts + 1, told(cause), wait),
                 "its key" if self._policy.parks else "its partition",
             )
             events.emit("consume.failed", record=delivery.record, error=error)
@@ -298,18 +298,13 @@ class Failures:
     def _say_dead(self, delivery: Delivery, cause: Cause, verdict: GiveUp, number: int) -> None:
         log.error(
             "%s: %s is given up because %s (%s): dead letter %d; %s",
-            *(self._handler.group, delivery.record, verdict.why, _told(cause), number),
+            *(self._handler.group, delivery.record, verdict.why, told(cause), number),
             "its key is held until somebody has decided" if self._policy.after_dead == "hold" else "its key goes on",
             # What a codec says is all in its message, and its own frames tell nothing about the application.
             exc_info=delivery.error if self._text and not isinstance(delivery.error, DecodeError) else None,
         )
         events.emit("consume.dead_lettered", record=delivery.record, id=number)
         self._timeouts.pop(delivery.place, None)
-
-
-def _told(cause: Cause) -> str:
-    """The cause in a line of the log, with the beginning of its text where that may be shown."""
-    return f"{cause}: {' '.join(cause.error[:200].split())}" if cause.error else str(cause)
 
 
 def _attempts(delivery: Delivery, error: Exception) -> int:

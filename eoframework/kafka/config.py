@@ -15,6 +15,8 @@ from eoframework.settings import Settings
 
 _CLIENT_LOG = logging.getLogger("eoframework.kafka.client")
 _REPEAT_AFTER = 30.0
+_ALSO_RAISED = ("TXNERR ", "FATAL ", "ADDPARTS ")
+"""librdkafka's names of kinds of log lines."""
 _FIGURES = re.compile(r"\d+")
 
 # The quarantine rule takes a call that lasted half of this for one that was re-sent (DESIGN.md, "Non-obvious"). The cap
@@ -155,7 +157,20 @@ class _Repeats(logging.Filter):
         return True
 
 
+class _Raised(logging.Filter):
+    """Lowers what the client also raises, to whoever called it and says what follows from it.
+
+    A CRITICAL "Fatal error" beside our "nothing is lost" would call for a person where none is needed.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno > logging.INFO and record.getMessage().startswith(_ALSO_RAISED):
+            record.levelno, record.levelname = logging.INFO, logging.getLevelName(logging.INFO)
+        return True
+
+
 _CLIENT_LOG.addFilter(_Repeats())
+_CLIENT_LOG.addFilter(_Raised())
 
 
 def _base(settings: Settings, client_id: str, own_keys: frozenset[str]) -> dict[str, Any]:

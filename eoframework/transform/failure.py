@@ -12,7 +12,7 @@ from uuid import UUID
 
 from eoframework import clock, events
 from eoframework.errors import FailClosed
-from eoframework.failures import Cause, Parked, cause_of, dead_letter_message
+from eoframework.failures import Cause, Parked, cause_of, dead_letter_message, told
 from eoframework.kafka.producer import Outgoing, Rejected
 from eoframework.message import Record
 from eoframework.retry import GiveUp, Tally
@@ -70,7 +70,8 @@ class Failures:
         topic = self._transform.dead_letter_topic
         assert topic is not None
         parked = Parked(_NO_LANE, record, mark.attempts + 1, mark.crashes)
-        letter = dead_letter_message(self._transform.group, topic, parked, cause, verdict.why)
+        group = self._transform.group
+        letter = dead_letter_message(group, topic, parked, cause, verdict.why, error=cause.error)
         self._news.append(lambda: self._say_dead(record, cause, verdict, error))
         return outgoing(letter, key=letter.key)
 
@@ -89,7 +90,7 @@ class Failures:
 
     def _tripped(self, record: Record, refusal: str, cause: Cause, error: Exception) -> FailClosed:
         tripped = FailClosed(
-            f"{self._transform.group} at {record}: {refusal}; it failed with {cause}.",
+            f"{self._transform.group} at {record}: {refusal}; it failed with {told(cause)}.",
             remedy="It was not given up, and runs again. Mend the transform or what it needs, and start again; if "
             "these really are to die, declare the transform with another breaker=.",
         )
@@ -99,14 +100,14 @@ class Failures:
     def _say_held(self, record: Record, mark: Mark, error: Exception, wait: float) -> None:
         log.warning(
             "%s: %s failed (attempt %d, %s); it is tried again in %.1f s, its partition waits, nothing was sent for it",
-            *(self._transform.group, record, mark.attempts + 1, cause_of(error, text=self._text), wait),
+            *(self._transform.group, record, mark.attempts + 1, told(cause_of(error, text=self._text)), wait),
         )
         events.emit("transform.held", record=record, error=error)
 
     def _say_dead(self, record: Record, cause: Cause, verdict: GiveUp, error: Exception) -> None:
         log.error(
             "%s: %s is given up because %s (%s); it is in %s, its partition goes on",
-            *(self._transform.group, record, verdict.why, cause, self._transform.dead_letter_topic),
+            *(self._transform.group, record, verdict.why, told(cause), self._transform.dead_letter_topic),
             exc_info=error if self._text else None,
         )
         events.emit("transform.dead_lettered", record=record)

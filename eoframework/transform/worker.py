@@ -12,12 +12,12 @@ import secrets
 import socket
 import threading
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from eoframework import clock, events
 from eoframework.app import App
 from eoframework.errors import FailClosed, Fenced, HandlerFailed, RestartNeeded, Retryable
-from eoframework.kafka.admin import Admin
+from eoframework.kafka.admin import Admin, UnknownTopic
 from eoframework.kafka.config import consumer_config, transform_config
 from eoframework.kafka.consumer import GroupConsumer
 from eoframework.kafka.membership import Membership
@@ -45,7 +45,11 @@ _LONGEST_BACKOFF = 5.0
 _REQUEST_SHARE = 0.97
 """A request carries more than its records; the limit of a topic counts that too."""
 _TWINS = 3
-"""So often in a row another producer has to fence ours before its process is taken for a twin of this one."""
+_TWINS_WITHIN = 60.0
+"""So often within these seconds another producer has to fence ours before its process is taken for a twin of this one.
+
+Not in a row: of twins, each commits now and then.
+"""
 
 
 class TransformWorker:
@@ -80,7 +84,9 @@ class TransformWorker:
         self._suspicion = Suspicion(careful_for=self._largest)
         self._pause = Backoff(longest=_LONGEST_BACKOFF)
         self._next_check = 0.0
-        self._fenced = 0
+        self._fenced: list[float] = []
+        """When that was by another producer, lately."""
+        self._running_since = 0.0
         self._consumer: GroupConsumer | None = None
         self._producer: TransactionalProducer | None = None
 
@@ -156,7 +162,8 @@ class TransformWorker:
             raise
 
     def _run(self, consumer: GroupConsumer, records: list[Record], touched: set[int]) -> None:
-        deadline = clock.monotonic() + self._settings.max_poll_interval / 3
+        self._running_since = clock.monotonic()
+        deadline = self._running_since + self._settings.max_poll_interval / 3
         try:
             # Now, and not when the offsets are sent: if the group throws us out in between, this is what the broker
             # refuses. Then it would be the metadata of a stranger, which it accepts unchecked.
@@ -202,7 +209,6 @@ class TransformWorker:
             if stand.offset != end and partition not in outcome.held:
                 consumer.rewind({partition: stand.offset})
         self._pause.reset()
-        self._fenced = 0
         self._limit = min(self._largest, self._limit * 2)
         for held in outcome.held.values():
             self._hold(consumer, held)
@@ -223,14 +229,20 @@ class TransformWorker:
         clock.wait(self._draining, self._pause.next())
 
     def _refuse_twin(self, trouble: Exception) -> None:
-        # A transaction that lasted too long is fenced by Kafka itself; a twin does it again and again.
-        self._fenced = self._fenced + 1 if isinstance(trouble, Fenced) else 0
-        if self._fenced >= _TWINS and self._settings.instance is not None:
-            raise RestartNeeded(
-                f"{self.name}: fenced {_TWINS} times in a row: another process runs with "
-                f"EO_INSTANCE={self._settings.instance}.",
-                remedy="Give each worker a name of its own, or none.",
-            )
+        instance, now = self._settings.instance, clock.monotonic()
+        # A transaction that was open for too long, frozen or not, is fenced by Kafka itself.
+        itself = now - self._running_since >= self._settings.transform_transaction_timeout
+        if instance is None or itself or not isinstance(trouble, Fenced):
+            return
+        self._fenced = [when for when in self._fenced if now - when < _TWINS_WITHIN] + [now]
+        twin = f"another process seems to run with EO_INSTANCE={instance}"
+        if len(self._fenced) < _TWINS:
+            log.warning("%s: fenced: %s; two of one name hinder each other, nothing is lost", self.name, twin)
+            return
+        raise RestartNeeded(
+            f"{self.name}: fenced {_TWINS} times within {_TWINS_WITHIN:g} s: {twin}.",
+            remedy="Give each worker a name of its own, or none.",
+        )
 
     def _hold(self, consumer: GroupConsumer, held: Held) -> None:
         """The partition pauses and the polling goes on, so that the group does not think this member is dead."""
@@ -272,7 +284,7 @@ class TransformWorker:
         except DOUBTFUL as trouble:
             log.info("%s: %s Partitions %s wait; nothing is lost", self.name, trouble, partitions)
             return starts
-        return starts | {partition: self._stand(partition, at) for partition, at in found.items() if at is not None}
+        return starts | self._stand_at(found)
 
     def _revoked(self, partitions: list[int]) -> None:
         # No transaction is open: callbacks run inside fetch, and each step ends its transactions before the next fetch.
@@ -288,6 +300,12 @@ class TransformWorker:
         # In this order: the new producer ends what the last one left open, and only then do the offsets tell.
         self._ready().make_ready()
         return self._member().committed(partitions, timeout=timeout)
+
+    def _stand_at(self, found: Mapping[int, tuple[int, str] | None]) -> dict[int, int]:
+        begun = {partition: self._stand(partition, at) for partition, at in found.items() if at is not None}
+        if begun:
+            log.info("%s: goes on in %s at %s by partition", self._transform.group, self._stream.topic, begun)
+        return begun
 
     def _stand(self, partition: int, at: tuple[int, str]) -> int:
         self._waiting.discard(partition)
@@ -311,11 +329,9 @@ class TransformWorker:
             log.info("%s: %s Partitions %s wait; nothing is lost", self.name, trouble, waiting)
             clock.wait(self._draining, self._pause.next())
             return
-        for partition, at in found.items():
-            if at is not None:
-                offset = self._stand(partition, at)
-                if partition not in self._retry_at:
-                    consumer.start(partition, offset)
+        for partition, offset in self._stand_at(found).items():
+            if partition not in self._retry_at:
+                consumer.start(partition, offset)
 
     def _begin(self, missing: list[int], membership: Membership) -> None:
         """Commit the first offsets of these partitions, as a member: a successor's cannot be moved back by us."""
@@ -337,15 +353,28 @@ class TransformWorker:
             self._next_check = now + _CHECK_SECONDS
             try:
                 self._beginning.ask_topic(self._stream)()
+                if self._limit < self._largest:
+                    self._say_missing()
             except Retryable as trouble:
                 log.info("%s: topic not checked: %s It is checked again soon", self.name, trouble)
 
+    def _say_missing(self) -> None:
+        # The client only says that a message timed out.
+        for name in self._sent_to():
+            try:
+                self._admin.describe(name, settings_optional=True)
+            except UnknownTopic as missing:
+                log.warning("%s: %s What is made for it waits; nothing is lost", self._transform.group, missing)
+
+    def _sent_to(self) -> list[str]:
+        letters = self._transform.dead_letter_topic
+        return sorted({topic.name for topic in self._transform.targets} | ({letters} if letters else set()))
+
     def _smallest_limit(self) -> int | None:
         """The smallest size of a request that all target topics take, in bytes; None if nobody tells."""
-        names = {topic.name for topic in self._transform.targets} | {self._transform.dead_letter_topic} - {None}
         told = [
             info.config["max.message.bytes"]
-            for name in sorted(str(name) for name in names)
+            for name in self._sent_to()
             if "max.message.bytes" in (info := self._admin.describe(name, settings_optional=True)).config
         ]
         return min(map(int, told), default=None)
