@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
-from confluent_kafka import KafkaError, KafkaException, Producer
+from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from eoframework import clock, events
 from eoframework.errors import ConfigurationError, EncodeError, Permanent, Retryable
-from eoframework.kafka.delivery import delivery_error
+from eoframework.kafka.delivery import Ticket, delivery_error
 from eoframework.kafka.destinations import Destination
 from eoframework.kafka.faults import is_topic_trouble, kafka_error
 from eoframework.kafka.producer import REQUEST_SHARE, Outgoing, lower_batch_size
@@ -71,6 +72,7 @@ class SendingClient:
         self._patience = int(config["message.timeout.ms"]) / 1000
         self._ended = threading.Event()
         self._waiting = False
+        self._cause: KafkaError | None = None
         self.fatal = ""
         """Why this client can send nothing any more; whoever wants to send makes another."""
         try:
@@ -100,7 +102,8 @@ class SendingClient:
         assert ticket is not None
         while True:
             try:
-                self._client.produce(record.topic, record.value, record.key, on_delivery=ticket, headers=record.headers)
+                told = partial(self._tell, ticket)
+                self._client.produce(record.topic, record.value, record.key, on_delivery=told, headers=record.headers)
                 return
             except BufferError:
                 self._wait_for_room(record, deadline)
@@ -111,7 +114,7 @@ class SendingClient:
                 elif is_topic_trouble(fault) and not asked:
                     asked = self._ask_again(record.topic)
                     continue
-                raise delivery_error(fault, ticket, left=False) from error
+                raise delivery_error(self._cause or fault, ticket, left=False) from error
             except (TypeError, ValueError) as error:
                 what = f"{record.topic}: the Kafka client cannot send message {ticket.id}: {error}."
                 raise EncodeError(what, remedy="Correct the message.") from error
@@ -163,11 +166,20 @@ class SendingClient:
         self._gate.push_open()
         clock.wait(self._ended, _ROOM_SLICE)
 
+    def _tell(self, ticket: Ticket, error: KafkaError | None, message: Message) -> None:
+        if error is not None and self._cause is not None and error.code() == KafkaError._PURGE_QUEUE:
+            ticket.failed(delivery_error(self._cause, ticket, left=False))
+        else:
+            ticket(error, message)
+
     def _poll(self) -> None:
         while not self._ended.is_set():
             self._gate.pass_through()
             try:
                 self._client.poll(_SLICE)
+            except KafkaException as error:
+                # So a fatal error is told here, and not to the error callback.
+                self._on_error(kafka_error(error))
             except Exception:  # noqa: BLE001 - whatever a callback of the user's raised, the next report must be heard
                 _log.exception("a report from Kafka could not be handed on; the others are.")
             if self._waiting and not self.unconfirmed:
@@ -190,9 +202,9 @@ class SendingClient:
             )
 
     def _break(self, error: KafkaError) -> None:
-        if self.fatal:
+        if self._cause is not None:
             return
-        self.fatal = f"{error.name()}: {error.str()}"
+        self._cause, self.fatal = error, f"{error.name()}: {error.str()}"
         _log.error("a Kafka producer is replaced: %s; the senders of what it still held are told.", self.fatal)
         events.emit("producer.broken", why=self.fatal)
         # It would hold them until their time is over, and can send none of them.

@@ -7,7 +7,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
-from confluent_kafka.admin import AclOperation, AdminClient
+from confluent_kafka.admin import (
+    AclBinding,
+    AclBindingFilter,
+    AclOperation,
+    AclPermissionType,
+    AdminClient,
+    ResourcePatternType,
+    ResourceType,
+)
 
 from eoframework import ConfigurationError, OutcomeUnknown, Producer, Retryable, Sent, events
 from eoframework.kafka import transaction
@@ -116,6 +124,48 @@ def test_a_topic_whose_settings_may_not_be_read(
     client = AdminClient({"bootstrap.servers": settings.require_bootstrap_servers()})
     deny(client, orders.name, AclOperation.DESCRIBE_CONFIGS)
     assert make_producer(settings).send(orders, Order(number=1))
+
+
+def test_a_client_that_can_send_nothing_any_more(
+    own: Own, settings: Settings, make_producer: MakeProducer, orders: OrderTopic
+) -> None:
+    """Without the right to write anything the client itself breaks for good. The senders are told why at once, and
+    another client goes on. Seen to fail (nothing is sent any more) without `known[1].fatal` in `SendingClients.send`.
+    """
+    client = AdminClient({"bootstrap.servers": settings.require_bootstrap_servers()})
+    forbid_writing(client)
+    producer = make_producer(settings)
+    try:
+        for number in range(2):
+            with pytest.raises(ConfigurationError, match=r"not written: CLUSTER_AUTHORIZATION_FAILED.*Grant WRITE"):
+                producer.send(orders, Order(number=number), timeout=30)
+    finally:
+        forget_rights(client)
+    assert producer.send(orders, Order(number=2))
+    assert numbers(settings, orders) == [2]
+
+
+def forbid_writing(client: AdminClient) -> None:
+    rows = (
+        (ResourceType.BROKER, "kafka-cluster", AclOperation.IDEMPOTENT_WRITE, AclPermissionType.DENY),
+        (ResourceType.BROKER, "kafka-cluster", AclOperation.ALL, AclPermissionType.ALLOW),
+        (ResourceType.TOPIC, "*", AclOperation.WRITE, AclPermissionType.DENY),
+        (ResourceType.TOPIC, "*", AclOperation.ALL, AclPermissionType.ALLOW),
+    )
+    bindings = [
+        AclBinding(kind, name, ResourcePatternType.LITERAL, "User:ANONYMOUS", "*", operation, permission)
+        for kind, name, operation, permission in rows
+    ]
+    for future in client.create_acls(bindings).values():
+        future.result(10)
+
+
+def forget_rights(client: AdminClient) -> None:
+    everything = AclBindingFilter(
+        ResourceType.ANY, None, ResourcePatternType.ANY, None, None, AclOperation.ANY, AclPermissionType.ANY
+    )
+    for future in client.delete_acls([everything]).values():
+        future.result(10)
 
 
 # --- the end of a Kafka transaction -----------------------------------------------------------------------------------
