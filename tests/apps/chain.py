@@ -15,7 +15,7 @@ from typing import Any
 from confluent_kafka import KafkaException
 from pydantic import BaseModel
 
-from eoframework import App, Message, Topic
+from eoframework import App, Message, Topic, clock, events
 from eoframework.errors import Retryable
 from eoframework.kafka import transaction
 from tests.crash import arm_from_environment
@@ -92,6 +92,18 @@ def fail_once(when: Path) -> None:
     transaction.TransactionalProducer.send_offsets = send_or_fail  # type: ignore[method-assign]
 
 
+def linger(longest: float) -> None:
+    """Transactions stay open for a while, with all their records in the log: whoever strikes will strike one."""
+
+    def on_event(name: str, _: dict[str, object]) -> None:
+        if name in ("kafka.transaction.flushed", "kafka.transaction.offsets_sent"):
+            clock.sleep(clock.jitter(0, longest))
+
+    events.subscribe(on_event)
+
+
+if "CHAIN_LINGER" in os.environ:
+    linger(float(os.environ["CHAIN_LINGER"]))
 if "CHAIN_FAIL_ONCE" in os.environ:
     fail_once(Path(os.environ["CHAIN_FAIL_ONCE"]))
 if "CHAIN_KEEP_AFTER_ABORT" in os.environ:

@@ -114,7 +114,7 @@ def test_outputs_once_and_in_order_while_members_come_go_freeze_and_die(
     protocol: str, services: Addresses, template: str, tmp_path: Path
 ) -> None:
     """Seen to fail: to be filled."""
-    environment = {**PROTOCOLS[protocol], "EO_TRANSFORM_BATCH": "50"}
+    environment = {**PROTOCOLS[protocol], "EO_TRANSFORM_BATCH": "100", "CHAIN_LINGER": "0.1"}
     with open_stages(services, template, tmp_path) as stages:
         scene = stages.scene(partitions=PARTITIONS)
         storm = Storm(scene, environment, seed=len(protocol))

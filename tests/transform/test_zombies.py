@@ -61,18 +61,21 @@ def taken_over(
 
 @pytest.mark.parametrize("where", FREEZE_AT)
 def test_a_zombie_changes_nothing_and_becomes_a_member_again(where: str, taken_over: dict[str, Takeover]) -> None:
-    """Seen to fail: to be filled."""
+    """Seen to fail with the group's offsets sent as nobody's (generation -1, no member), as the client itself does it
+    after it was thrown out: outputs twice "with records in hand" and "with outputs under way". Elsewhere Kafka has
+    ended the transaction by then, or the answer about the topic's id comes too late.
+    """
     scene, zombie, successor = taken_over[where].scene, taken_over[where].zombie, taken_over[where].successor
     scene.check_end()
     if where in OPEN:
         assert scene.aborted(scene.b) > 0, "the test can fail"
     zombie.signal(signal.SIGCONT)
     eventually(lambda: len(scene.members("fan")) == 2, "the zombie is a member again", log=zombie.log)
-    if where not in NOTHING_OPEN:
-        assert "was given up" in zombie.output() or "wait; nothing is lost" in zombie.output()
     scene.send(60)
     scene.reach_the_end(log=zombie.log)
     for member in (zombie, successor):
         member.signal(signal.SIGTERM)
         assert member.wait() == 0, member.output()
     scene.check_end(console=where == "with offsets in the transaction")
+    if where not in NOTHING_OPEN:
+        assert "was given up" in zombie.output() or "wait; nothing is lost" in zombie.output()
