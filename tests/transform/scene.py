@@ -257,9 +257,20 @@ def admin_client(servers: str) -> AdminClient:
 
 def create_topics(servers: str, partitions: Mapping[str, int]) -> None:
     """All at once: one by one they would take longer than most tests. With the brokers' default of replicas."""
+    client = admin_client(servers)
     wanted = [NewTopic(topic, number) for topic, number in partitions.items()]
-    for made in admin_client(servers).create_topics(wanted, request_timeout=20).values():
+    for made in client.create_topics(wanted, request_timeout=20).values():
         made.result()
+
+    def known() -> bool:
+        there = client.list_topics(timeout=10).topics
+        return all(
+            topic in there and [p.leader >= 0 for p in there[topic].partitions.values()] == [True] * number
+            for topic, number in partitions.items()
+        )
+
+    # The controller confirms a topic before every broker knows it.
+    eventually(known, "the topics to have leaders", seconds=30)
 
 
 def _json(model: BaseModel) -> str:
