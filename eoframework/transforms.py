@@ -84,7 +84,8 @@ class Transform:
 
         Raises FailClosed when it is not known which belong to which: no message is to blame, and none is given up.
         """
-        returned = self.function(given)
+        # The list it gets is its own: one that takes out what it has done must not make us forget that it was there.
+        returned = self.function(given.copy())
         if type(returned) is not list or len(returned) != len(given):
             found = f"{len(returned)} results" if isinstance(returned, list) else f"a {type(returned).__name__}"
             raise FailClosed(

@@ -22,11 +22,16 @@ class Suspicion:
     def __init__(self, *, careful_for: int) -> None:
         """`careful_for`: so many messages may have been in flight when the process died."""
         self._careful_for = careful_for
+        self._ours: set[int] = set()
         self._new: set[int] = set()
         self._left: dict[int, int] = {}
 
     def took_over(self, partition: int, stand: Stand) -> None:
         """The partition begins there; run its messages alone if others got nowhere at this offset."""
+        if partition in self._ours:
+            # Again, after a doubt of our own: we have not died, and nobody else has had it meanwhile.
+            return
+        self._ours.add(partition)
         self._new.add(partition)
         self._left.pop(partition, None)
         if stand.mark.takeovers >= _STUCK or stand.mark.crashes:
@@ -34,6 +39,7 @@ class Suspicion:
 
     def gone(self, partition: int) -> None:
         """It is no longer ours."""
+        self._ours.discard(partition)
         self._new.discard(partition)
         self._left.pop(partition, None)
 

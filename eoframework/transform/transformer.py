@@ -46,6 +46,11 @@ _FRESH = Mark()
 DOUBTFUL = (Retryable, Abortable, Fenced, RestartNeeded)
 """What a Kafka transaction raises that was not confirmed: a new producer can go on, from the group's offsets."""
 
+
+class TooMany(Retryable):
+    """Kafka refuses something among the outputs of several messages: with fewer it shows which."""
+
+
 Result = tuple[Record, list[Outgoing] | Exception]
 """What is to be sent for a message, or why it failed."""
 
@@ -107,6 +112,8 @@ class Transformer:
         self._stopping = stopping
         self._doomed: dict[tuple[int, int], EoError] = {}
         """Messages known to fail: the function is not called for them."""
+        self._charged: dict[int, Stand] = {}
+        """Where a message is counted as in flight, and its transaction was not committed yet; by partition."""
 
     def run(
         self,
@@ -140,7 +147,12 @@ class Transformer:
         except DOUBTFUL as trouble:
             self._producer.abort()
             outcome.trouble = trouble
+        except Exception:
+            self._producer.abort()
+            raise
         except BaseException:
+            # The process ends of it, which is what was counted.
+            self._charged.clear()
             self._producer.abort()
             raise
         return outcome
@@ -157,6 +169,26 @@ class Transformer:
         except BaseException:
             self._producer.abort()
             raise
+
+    @property
+    def charged(self) -> set[int]:
+        """Partitions in which a message may still be counted as in flight."""
+        return set(self._charged)
+
+    def take_back(self, found: dict[int, tuple[int, str] | None], member: Callable[[], Membership]) -> None:
+        """Uncount, in Kafka and in `found`, messages that we counted before they ran alone and that came to nothing.
+
+        Their process did not die. A topic that is missing for a while, or a worker that stops at them and is started
+        again, would have them given up. found: the group's offsets, just read. Raises one of DOUBTFUL.
+        """
+        innocent = {
+            p: Stand(stand.offset, replace(stand.mark, crashes=stand.mark.crashes - 1))
+            for p, stand in self._charged.items()
+            if found.get(p) == (stand.offset, stand.mark.encode())
+        }
+        if innocent:
+            self.move(innocent, member())
+            found |= {p: (stand.offset, stand.mark.encode()) for p, stand in innocent.items()}
 
     # --- one transaction ---
 
@@ -206,6 +238,8 @@ class Transformer:
         outcome.stands |= work.stands
         outcome.held |= work.held
         self._doomed.clear()
+        for partition in self._charged.keys() & work.stands.keys():
+            del self._charged[partition]
         self._failures.done(work.done)
         events.emit("transform.committed", records=work.records)
 
@@ -253,27 +287,27 @@ class Transformer:
         return list(zip(records, results, strict=True))
 
     def _call_list(self, records: list[Record], given: list[Any]) -> list[list[Outgoing] | Exception]:
-        """Call the function; a list on which it fails is halved until the culprit is alone."""
-        try:
-            returned = self._transform.call_batch(given) if given else []
-            return list(map(self._outputs.of, records, returned))
-        except FailClosed:
-            raise
-        except Exception as error:  # noqa: BLE001 - as above
-            return self._call_apart(records, given, error)
-
-    def _call_apart(
-        self, records: list[Record], given: list[Any], error: Exception
-    ) -> list[list[Outgoing] | Exception]:
-        """Without the message that failed by itself, or was named; else in halves."""
-        named = 0 if len(given) == 1 else error.index if isinstance(error, BatchItemFailed) else -1
-        if 0 <= named < len(given):
-            cause = error.__cause__ if isinstance(error, BatchItemFailed) else None
-            results = self._call_list(records[:named] + records[named + 1 :], given[:named] + given[named + 1 :])
-            results.insert(named, cause if isinstance(cause, Exception) else error)
-            return results
-        half = len(given) // 2
-        return self._call_list(records[:half], given[:half]) + self._call_list(records[half:], given[half:])
+        """Call the function, without one that failed by itself or was named, else in halves, until it succeeds."""
+        failed: list[tuple[int, Exception]] = []
+        while True:
+            try:
+                returned = self._transform.call_batch(given) if given else []
+                results: list[list[Outgoing] | Exception] = list(map(self._outputs.of, records, returned))
+                break
+            except FailClosed:
+                raise
+            except Exception as error:  # noqa: BLE001 - as above
+                culprit, why = _culprit(error, len(given))
+            if culprit is None:
+                half = len(given) // 2
+                results = self._call_list(records[:half], given[:half]) + self._call_list(records[half:], given[half:])
+                break
+            # In a loop: one call inside the other, the function may name more of them than calls can be nested.
+            failed.append((culprit, why))
+            records, given = _without(records, culprit), _without(given, culprit)
+        for index, why in reversed(failed):
+            results.insert(index, why)
+        return results
 
     def _given(self, record: Record, outcome: Outcome) -> Any:
         """What the function takes: the payload, or the message. Raises what is known to be wrong with it."""
@@ -311,7 +345,7 @@ class Transformer:
         if rejected.topic_trouble:
             raise Retryable(f"{rejected.what} Its topics must exist, and be permitted to it.")
         if work.records > 1:
-            raise Retryable(f"Kafka refuses something among the outputs of {work.records} messages: {rejected.what}")
+            raise TooMany(f"Kafka refuses something among the outputs of {work.records} messages: {rejected.what}")
         assert work.last is not None
         if _place(work.last) in self._doomed:
             raise FailClosed(
@@ -333,8 +367,19 @@ class Transformer:
             return
         charged = Stand(record.offset, replace(mark, crashes=mark.crashes + 1, takeovers=stand.mark.takeovers))
         self.move({record.partition: charged}, membership)
-        outcome.stands[record.partition] = charged
+        self._charged[record.partition] = outcome.stands[record.partition] = charged
 
 
 def _place(record: Record) -> tuple[int, int]:
     return record.partition, record.offset
+
+
+def _culprit(error: Exception, messages: int) -> tuple[int | None, Exception]:
+    """Which of so many messages the function failed on, None if that is not known; and why."""
+    named = 0 if messages == 1 else error.index if isinstance(error, BatchItemFailed) else -1
+    cause = error.__cause__ if isinstance(error, BatchItemFailed) else None
+    return named if 0 <= named < messages else None, cause if isinstance(cause, Exception) else error
+
+
+def _without(items: list[Any], index: int) -> list[Any]:
+    return items[:index] + items[index + 1 :]

@@ -13,11 +13,12 @@ import socket
 import threading
 import uuid
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 
 from eoframework import clock, events
 from eoframework.app import App
-from eoframework.errors import FailClosed, Fenced, HandlerFailed, RestartNeeded, Retryable
-from eoframework.kafka.admin import Admin, UnknownTopic
+from eoframework.errors import EoError, FailClosed, Fenced, HandlerFailed, RestartNeeded, Retryable
+from eoframework.kafka.admin import Admin
 from eoframework.kafka.config import consumer_config, transform_config
 from eoframework.kafka.consumer import GroupConsumer
 from eoframework.kafka.membership import Membership
@@ -32,7 +33,8 @@ from eoframework.transform.mark import Mark, Stand
 from eoframework.transform.outputs import Outputs
 from eoframework.transform.start import Beginning
 from eoframework.transform.takeover import Suspicion
-from eoframework.transform.transformer import DOUBTFUL, Outcome, Transformer
+from eoframework.transform.targets import Targets
+from eoframework.transform.transformer import DOUBTFUL, Outcome, TooMany, Transformer
 from eoframework.transforms import Transform
 
 log = logging.getLogger(__name__)
@@ -42,8 +44,6 @@ _SHORT = 0.1
 _IN_CALLBACK = 1.0
 _PATIENCE = 10.0
 _LONGEST_BACKOFF = 5.0
-_REQUEST_SHARE = 0.97
-"""A request carries more than its records; the limit of a topic counts that too."""
 _TWINS = 3
 _TWINS_WITHIN = 60.0
 """So often within these seconds another producer has to fence ours before its process is taken for a twin of this one.
@@ -98,13 +98,14 @@ class TransformWorker:
         check_ladder(settings, self._admin)
         self._beginning = Beginning(transform, self._app.database, self._admin)
         self._stream = self._beginning.register(app=self._app.name, declared=self._app.groups)
-        smallest = self._smallest_limit()
+        self._targets = Targets(transform, self._admin)
+        largest = self._targets.largest_request()
         client_id = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
         name = f"eo.transform.{transform.group}.{settings.instance or uuid.uuid4()}"
         config = transform_config(settings, transactional_id=name, client_id=name)
         self._producer = TransactionalProducer(config, stopping=self._overdue)
-        if smallest is not None:
-            self._producer.limit_request(int(smallest * _REQUEST_SHARE))
+        if largest is not None:
+            self._producer.limit_request(largest)
         self._transformer = Transformer(
             transform,
             self._producer,
@@ -128,6 +129,8 @@ class TransformWorker:
 
     def close(self) -> None:
         """Leave the group and end the producer; nothing is in flight."""
+        if self._consumer is not None:
+            self._leave_no_charge(self._consumer)
         consumer, self._consumer = self._consumer, None
         producer, self._producer = self._producer, None
         if consumer is not None:
@@ -148,7 +151,11 @@ class TransformWorker:
             touched &= self._stands.keys()
             records = [record for record in records if record.partition in touched]
         if records:
-            self._run(consumer, records, touched)
+            try:
+                self._run(consumer, records, touched)
+            except Retryable as trouble:
+                # They count as handed out: to go on with the next ones would skip them.
+                self._doubt(consumer, trouble, records)
         self._keep_house()
         return 0.0
 
@@ -157,8 +164,10 @@ class TransformWorker:
         try:
             return consumer.fetch(self._limit, patience, linger=self._settings.transform_interval)
         except OutOfRange:
-            # A topic that was re-created is out of range until it has grown, and has another remedy.
-            self._beginning.ask_topic(self._stream)()
+            # A topic that was re-created is out of range until it has grown, and has another remedy. Without an answer
+            # this error stays: it is told once, and what was fetched with it counts as handed out.
+            with suppress(Retryable):
+                self._beginning.ask_topic(self._stream)()
             raise
 
     def _run(self, consumer: GroupConsumer, records: list[Record], touched: set[int]) -> None:
@@ -226,7 +235,9 @@ class TransformWorker:
         consumer.pause(self._stands)
         self._waiting |= self._stands.keys()
         self._stands.clear()
-        clock.wait(self._draining, self._pause.next())
+        self._blocked.clear()
+        if not isinstance(trouble, TooMany):
+            clock.wait(self._draining, self._pause.next())
 
     def _refuse_twin(self, trouble: Exception) -> None:
         instance, now = self._settings.instance, clock.monotonic()
@@ -265,10 +276,11 @@ class TransformWorker:
 
     def _retry_waiting(self, consumer: GroupConsumer) -> None:
         now = clock.monotonic()
-        for partition in [p for p, when in self._retry_at.items() if when <= now]:
+        for partition in [p for p, when in self._retry_at.items() if when <= now and p in self._stands]:
             del self._retry_at[partition]
-            if partition in self._stands:
-                consumer.start(partition, self._stands[partition].offset)
+            # With `once` it would count as drained before its message has run.
+            self._blocked.pop(partition, None)
+            consumer.start(partition, self._stands[partition].offset)
 
     # --- which partitions, and where they stand ---
 
@@ -284,7 +296,7 @@ class TransformWorker:
         except DOUBTFUL as trouble:
             log.info("%s: %s Partitions %s wait; nothing is lost", self.name, trouble, partitions)
             return starts
-        return starts | self._stand_at(found)
+        return starts | {p: at for p, at in self._stand_at(found).items() if p not in self._retry_at}
 
     def _revoked(self, partitions: list[int]) -> None:
         # No transaction is open: callbacks run inside fetch, and each step ends its transactions before the next fetch.
@@ -311,6 +323,12 @@ class TransformWorker:
         self._waiting.discard(partition)
         self._stands[partition] = Stand(at[0], Mark.decode(at[1]))
         self._suspicion.took_over(partition, self._stands[partition])
+        retry, attempts = self._transform.policy.retry, self._stands[partition].mark.attempts
+        if retry is None or not attempts:
+            self._retry_at.pop(partition, None)
+        else:
+            # Each rebalance and each restart would take one of its attempts. When it was due a new owner cannot know.
+            self._retry_at.setdefault(partition, clock.monotonic() + retry.backoff.after(attempts))
         events.emit("transform.claimed", partition=partition, offset=at[0])
         return at[0]
 
@@ -322,6 +340,7 @@ class TransformWorker:
             return
         try:
             found = self._where(waiting, timeout=_PATIENCE)
+            self._transformer.take_back(found, consumer.membership)
             missing = [partition for partition in waiting if found[partition] is None]
             if missing:
                 self._begin(missing, consumer.membership())
@@ -332,6 +351,14 @@ class TransformWorker:
         for partition, offset in self._stand_at(found).items():
             if partition not in self._retry_at:
                 consumer.start(partition, offset)
+
+    def _leave_no_charge(self, consumer: GroupConsumer) -> None:
+        charged = sorted(self._transformer.charged & consumer.assigned())
+        try:
+            if charged:
+                self._transformer.take_back(self._where(charged, timeout=_IN_CALLBACK), consumer.membership)
+        except EoError as trouble:
+            log.info("%s: %s A message stays counted once as if its process had died", self.name, trouble)
 
     def _begin(self, missing: list[int], membership: Membership) -> None:
         """Commit the first offsets of these partitions, as a member: a successor's cannot be moved back by us."""
@@ -354,30 +381,10 @@ class TransformWorker:
             try:
                 self._beginning.ask_topic(self._stream)()
                 if self._limit < self._largest:
-                    self._say_missing()
+                    for missing in self._targets.missing():
+                        log.warning("%s: %s What is made for it waits; nothing is lost", self.name, missing)
             except Retryable as trouble:
                 log.info("%s: topic not checked: %s It is checked again soon", self.name, trouble)
-
-    def _say_missing(self) -> None:
-        # The client only says that a message timed out.
-        for name in self._sent_to():
-            try:
-                self._admin.describe(name, settings_optional=True)
-            except UnknownTopic as missing:
-                log.warning("%s: %s What is made for it waits; nothing is lost", self._transform.group, missing)
-
-    def _sent_to(self) -> list[str]:
-        letters = self._transform.dead_letter_topic
-        return sorted({topic.name for topic in self._transform.targets} | ({letters} if letters else set()))
-
-    def _smallest_limit(self) -> int | None:
-        """The smallest size of a request that all target topics take, in bytes; None if nobody tells."""
-        told = [
-            info.config["max.message.bytes"]
-            for name in self._sent_to()
-            if "max.message.bytes" in (info := self._admin.describe(name, settings_optional=True)).config
-        ]
-        return min(map(int, told), default=None)
 
     def _overdue(self) -> bool:
         return False
