@@ -312,4 +312,13 @@ class Producer:
 def _items(first: Any, payloads: Iterable[Any] | None) -> Iterator[Item]:
     if payloads is not None:
         return (Item(first, payload) for payload in payloads)
-    return (Item(out.topic, out.payload, out.key, out.id, out.headers) for out in first)
+    return (_item(out) for out in first)
+
+
+def _item(out: Any) -> Item:
+    if not isinstance(out, Out):
+        raise Permanent(
+            f"send_many was given a {type(out).__name__} without a topic; it was not sent.",
+            remedy="Write send_many(topic, payloads), or give Outs: send_many([Out(topic, payload)]).",
+        )
+    return Item(out.topic, out.payload, out.key, out.id, out.headers)

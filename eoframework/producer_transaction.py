@@ -193,7 +193,10 @@ class KafkaTransaction:
 
     def _check_open(self) -> None:
         if self._state != "open":
-            raise Permanent(f"{self._turn.transactional_id}: the transaction is {self._state}; nothing was sent.")
+            raise Permanent(
+                f"{self._turn.transactional_id}: the transaction is {self._state}; nothing was sent.",
+                remedy="Send inside the block: with producer.transaction() as t: t.send(...).",
+            )
         if threading.get_ident() != self._thread:
             raise Permanent(
                 f"{self._turn.transactional_id}: a transaction belongs to the thread of its with block.",

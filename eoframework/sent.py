@@ -33,7 +33,9 @@ class NotAllSent(EoError):
     """
 
     def __init__(self, what: str, *, results: Sequence[Sent | EoError]) -> None:
-        super().__init__(what, remedy="Send again what is no Sent in `results`, with the same id=.")
+        super().__init__(
+            what, remedy="What is no Sent in `results` is to be corrected or sent again; OutcomeUnknown with its id=."
+        )
         self.results = tuple(results)
 
 
@@ -138,7 +140,8 @@ class Batch:
             return sent
         known = [self._unknown(index) if result is None else result for index, result in enumerate(self.results)]
         first = next(result for result in known if isinstance(result, EoError))
-        what = f"{len(sent)} of the {len(known)} messages tried were sent; the first that failed: {first.what}"
+        why = str(first).rstrip(".")
+        what = f"{len(sent)} of the {len(known)} messages tried were sent; the first that failed: {why}."
         raise NotAllSent(what, results=known) from first
 
     def _unknown(self, index: int) -> OutcomeUnknown:
