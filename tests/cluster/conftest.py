@@ -7,13 +7,11 @@ from collections.abc import Callable, Iterator, Mapping
 
 import pytest
 
-from eoframework.db import migrating
-from eoframework.db.session import open_database
 from eoframework.kafka.admin import Admin
-from eoframework.schema import Schema
 from eoframework.settings import Settings
 from tests.cluster.brokers import Brokers, three_brokers
-from tests.conftest import Addresses, database_named, make_settings
+from tests.cluster.places import migrated_database
+from tests.conftest import make_settings
 
 
 @pytest.fixture(scope="package")
@@ -32,11 +30,7 @@ def brokers(shared_brokers: Brokers) -> Iterator[Brokers]:
 @pytest.fixture
 def database_url(shared_brokers: Brokers) -> Iterator[str]:
     """The URL of a fresh migrated database on the server beside the three brokers."""
-    addresses = Addresses(shared_brokers.services.database_url, shared_brokers.bootstrap_servers)
-    with database_named(addresses, f"eo_{uuid.uuid4().hex[:10]}") as url:
-        database = open_database(url, Schema())
-        migrating.upgrade(database)
-        database.engine.dispose()
+    with migrated_database(shared_brokers) as url:
         yield url
 
 
