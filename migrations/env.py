@@ -1,4 +1,4 @@
-"""alembic's environment: our own schema and version table, whoever starts it (alembic, `eo db`, a user's own chain)."""
+"""alembic's environment: our own schema and version table, whoever starts it (alembic, `eo db`)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ config = context.config
 
 def _schema() -> Schema:
     schema = config.attributes.get("eo_schema") or Schema(Settings.load().database_schema)
-    config.attributes["eo_schema_quoted"] = f'"{schema.name}"'
+    config.attributes["eo_schema"] = schema
     return schema
 
 

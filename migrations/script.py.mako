@@ -5,7 +5,7 @@ Revision ID: ${up_revision}
 
 from __future__ import annotations
 
-from alembic import context, op
+from alembic import op
 
 revision = ${repr(up_revision)}
 down_revision = ${repr(down_revision)}
@@ -14,8 +14,12 @@ depends_on = ${repr(depends_on)}
 
 
 def upgrade() -> None:
-    ${upgrades if upgrades else "pass"}
+    eo = joined.entering(down_revision)
+    op.execute(f"... {eo}.table ...")
+    joined.now_at(revision)
 
 
 def downgrade() -> None:
-    ${downgrades if downgrades else "pass"}
+    eo = joined.leaving()
+    op.execute(f"... {eo}.table ...")
+    joined.now_at(down_revision)

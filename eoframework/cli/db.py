@@ -79,6 +79,7 @@ def grants_(
     relay: Annotated[str | None, typer.Option("--relay", metavar="ROLE", help="eo relay.")] = None,
     observer: Annotated[str | None, typer.Option("--observer", metavar="ROLE", help="Reads; no payloads.")] = None,
     payloads: Annotated[bool, typer.Option("--payloads", help="The observer reads payloads and errors too.")] = False,
+    joined: Annotated[bool, typer.Option("--joined", help="The tables belong to your own alembic chain.")] = False,
     apply: Annotated[bool, typer.Option("--apply", help="Do it, in one transaction.")] = False,
     as_json: options.Json = False,
     no_wait: options.NoWait = False,
@@ -92,9 +93,9 @@ def grants_(
     settings = options.start(assignments)
     schema = Schema(settings.database_schema)
     document: dict[str, object] = {"schema": schema.name, "applied": apply, "roles": dataclasses.asdict(roles)}
-    document["statements"] = grants.statements(schema, roles, payloads=payloads)
+    document["statements"] = grants.statements(schema, roles, payloads=payloads, joined=joined)
     document["notes"] = grants.notes(roles)
-    text = grants.script(schema, roles, payloads=payloads)
+    text = grants.script(schema, roles, payloads=payloads, joined=joined)
     if apply:
         database = reach.server(settings, wait=not no_wait)
         if roles.given():

@@ -15,6 +15,7 @@ from typing import Final, Literal, get_args
 
 from sqlalchemy import Connection
 
+from eoframework.db.joined import COPY, VERSION_TABLE, is_joined
 from eoframework.db.session import Database
 from eoframework.errors import ConfigurationError, NotFound
 from eoframework.schema import Schema
@@ -152,37 +153,40 @@ class Roles:
         return {purpose: role for purpose in PURPOSES if (role := getattr(self, purpose)) is not None}
 
 
-def rights(purpose: Purpose, *, payloads: bool = False) -> list[Right]:
+def rights(purpose: Purpose, *, payloads: bool = False, joined: bool = False) -> list[Right]:
     """What the role needs on our tables, by table. payloads: for the observer, all columns."""
     found = []
-    for table, words in sorted(_RIGHTS[purpose].items()):
+    for name, words in sorted(_RIGHTS[purpose].items()):
+        table = _table(name, joined=joined)
         for privilege, columns in _RIGHT.findall(words):
             whole = not columns or (payloads and purpose == "observer")
             found.append(Right(table, privilege, () if whole else tuple(columns.split(","))))
     return found
 
 
-def statements(schema: Schema, roles: Roles, *, payloads: bool = False) -> list[str]:
+def statements(schema: Schema, roles: Roles, *, payloads: bool = False, joined: bool = False) -> list[str]:
     """The SQL, always the same for the same roles: afterwards each has these rights on our tables and no others."""
-    found = _owner_statements(schema, roles.owner) if roles.owner is not None else []
+    ours = [_table(name, joined=joined) for name in TABLES]
+    found = _owner_statements(schema, roles.owner, ours) if roles.owner is not None else []
     eo = _quoted(schema.name)
     # By name, not ALL TABLES IN SCHEMA: the schema may be one that the application's own tables are in.
-    tables = ", ".join(f"{eo}.{_quoted(table)}" for table in TABLES)
+    tables = ", ".join(f"{eo}.{_quoted(table)}" for table in ours)
     found += [f"REVOKE ALL ON {tables} FROM {_quoted(role)}" for role in dict.fromkeys(roles.given().values())]
     for purpose, role in roles.given().items():
         found.append(f"GRANT USAGE ON SCHEMA {eo} TO {_quoted(role)}")
-        found += _grants(schema, role, rights(purpose, payloads=payloads))
+        found += _grants(schema, role, rights(purpose, payloads=payloads, joined=joined))
     return found
 
 
-def script(schema: Schema, roles: Roles, *, payloads: bool = False) -> str:
+def script(schema: Schema, roles: Roles, *, payloads: bool = False, joined: bool = False) -> str:
     """The statements as one transaction, with what they are for and what they leave to the DBA."""
+    made = statements(schema, roles, payloads=payloads, joined=joined)
     lines = [f"-- {name}: {_FOR[name]}" for name in roles.given()]
     if roles.owner is not None:
         lines.insert(0, "-- owner: eo db upgrade, eo db grants")
     if payloads:
         lines = [line.replace(_FOR["observer"], "reads, payloads too") for line in lines]
-    lines += ["BEGIN;", *(f"{statement};" for statement in statements(schema, roles, payloads=payloads)), "COMMIT;"]
+    lines += ["BEGIN;", *(f"{statement};" for statement in made), "COMMIT;"]
     return "\n".join([*lines, *(f"-- {note}" for note in notes(roles))])
 
 
@@ -211,7 +215,8 @@ def missing(connection: Connection, schema: Schema, purpose: Purpose, *, role: s
     who = role or connection.exec_driver_sql("SELECT current_user::text").scalar_one()
     if not connection.exec_driver_sql(_USAGE, {"role": who, "schema": schema.name}).scalar_one_or_none():
         return [f"USAGE on schema {schema.name}"]
-    wanted = [(r.table, r.privilege, column) for r in rights(purpose) for column in (r.columns or (None,))]
+    needed = rights(purpose, joined=is_joined(connection, schema))
+    wanted = [(r.table, r.privilege, column) for r in needed for column in (r.columns or (None,))]
     tables, privileges, columns = (list(part) for part in zip(*wanted, strict=True))
     values = {"tables": tables, "privileges": privileges, "columns": columns, "schema": schema.name, "role": who}
     lacking: dict[tuple[str, str], list[str]] = {}
@@ -232,7 +237,9 @@ def apply(database: Database, roles: Roles, *, payloads: bool = False) -> None:
         _refuse_unknown(connection, roles)
         if roles.owner is None:
             _refuse_stranger(connection, schema)
-        for statement in _needed(connection, schema, statements(schema, roles, payloads=payloads)):
+        joined = is_joined(connection, schema)
+        made = statements(schema, roles, payloads=payloads, joined=joined)
+        for statement in _needed(connection, schema, made):
             # No parameters: a role may have a % in its name.
             connection.exec_driver_sql(statement, execution_options={"no_parameters": True})
         for purpose, role in roles.given().items():
@@ -244,12 +251,16 @@ def apply(database: Database, roles: Roles, *, payloads: bool = False) -> None:
                 )
 
 
-def _owner_statements(schema: Schema, owner: str) -> list[str]:
+def _table(name: str, *, joined: bool) -> str:
+    return COPY if joined and name == VERSION_TABLE else name
+
+
+def _owner_statements(schema: Schema, owner: str, tables: Iterable[str]) -> list[str]:
     eo, role = _quoted(schema.name), _quoted(owner)
     made = [f"CREATE SCHEMA IF NOT EXISTS {eo} AUTHORIZATION {role}", f"ALTER SCHEMA {eo} OWNER TO {role}"]
     if schema.name == "public":
         made = [f"GRANT USAGE, CREATE ON SCHEMA {eo} TO {role}"]
-    return made + [f"ALTER TABLE IF EXISTS {eo}.{_quoted(table)} OWNER TO {role}" for table in TABLES]
+    return made + [f"ALTER TABLE IF EXISTS {eo}.{_quoted(table)} OWNER TO {role}" for table in tables]
 
 
 def _grants(schema: Schema, role: str, wanted: Iterable[Right]) -> list[str]:

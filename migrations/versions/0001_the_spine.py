@@ -5,7 +5,9 @@ Revision ID: eo0001
 
 from __future__ import annotations
 
-from alembic import context, op
+from alembic import op
+
+from eoframework.db import joined
 
 revision = "eo0001"
 down_revision = None
@@ -124,18 +126,16 @@ def _statements(eo: str) -> list[str]:
 
 
 def upgrade() -> None:
-    for statement in _statements(_schema()):
+    for statement in _statements(joined.entering(down_revision)):
         op.execute(statement)
+    joined.now_at(revision)
 
 
 def downgrade() -> None:
-    eo = _schema()
+    eo = joined.leaving()
     tables = (
         "dead_letter relay_member relay_shard delayed_message outbox_message outbox processed_message position consumer"
     )
     for table in tables.split():
         op.execute(f"DROP TABLE {eo}.{table}")
-
-
-def _schema() -> str:
-    return str(context.config.attributes["eo_schema_quoted"])
+    joined.now_at(down_revision)

@@ -7,7 +7,9 @@ Expands only: code of eo0001 runs on this schema.
 
 from __future__ import annotations
 
-from alembic import context, op
+from alembic import op
+
+from eoframework.db import joined
 
 revision = "eo0002"
 down_revision = "eo0001"
@@ -185,12 +187,13 @@ def _statements(eo: str) -> list[str]:
 
 
 def upgrade() -> None:
-    for statement in _statements(_schema()):
+    for statement in _statements(joined.entering(down_revision)):
         op.execute(statement)
+    joined.now_at(revision)
 
 
 def downgrade() -> None:
-    eo = _schema()
+    eo = joined.leaving()
     # What is parked would be lost without a word; dead letters of handlers are unknown to the older code.
     op.execute(
         f"""
@@ -220,7 +223,4 @@ def downgrade() -> None:
             ALTER COLUMN type SET NOT NULL, ALTER COLUMN source SET NOT NULL, ALTER COLUMN content_type SET NOT NULL,
             ADD CONSTRAINT dead_letter_origin_check CHECK (origin IN ('outbox'))"""
     )
-
-
-def _schema() -> str:
-    return str(context.config.attributes["eo_schema_quoted"])
+    joined.now_at(down_revision)

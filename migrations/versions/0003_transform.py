@@ -7,7 +7,9 @@ Expands only: code of eo0002 runs on this schema.
 
 from __future__ import annotations
 
-from alembic import context, op
+from alembic import op
+
+from eoframework.db import joined
 
 revision = "eo0003"
 down_revision = "eo0002"
@@ -32,11 +34,12 @@ def _statement(eo: str) -> str:
 
 
 def upgrade() -> None:
-    op.execute(_statement(_schema()))
+    op.execute(_statement(joined.entering(down_revision)))
+    joined.now_at(revision)
 
 
 def downgrade() -> None:
-    eo = _schema()
+    eo = joined.leaving()
     # Without these rows a transform whose offsets are lost would begin anew, and send everything again.
     op.execute(
         f"""
@@ -48,7 +51,4 @@ def downgrade() -> None:
         END $$"""
     )
     op.execute(f"DROP TABLE {eo}.transform_start")
-
-
-def _schema() -> str:
-    return str(context.config.attributes["eo_schema_quoted"])
+    joined.now_at(down_revision)
