@@ -82,7 +82,8 @@ def delivery_error(fault: KafkaError | KafkaException, ticket: Ticket, *, left: 
             f"{what} was not written: {why}.",
             remedy="Grant WRITE on the topic to this principal (kafka-acls), or use another one (EO_KAFKA_SASL_*).",
         )
-    if error.code() == KafkaError._PURGE_QUEUE or not left:
+    # Not so _PURGE_QUEUE: a record that was written, and whose answer got lost, waits in the queue to be sent again.
+    if not left:
         return Retryable(f"{what} was not written: {why}.", remedy="Send it again.")
     return OutcomeUnknown(
         f"{what} was not confirmed, and may or may not be written: {why}.",

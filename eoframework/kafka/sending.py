@@ -168,7 +168,7 @@ class SendingClient:
 
     def _tell(self, ticket: Ticket, error: KafkaError | None, message: Message) -> None:
         if error is not None and self._cause is not None and error.code() == KafkaError._PURGE_QUEUE:
-            ticket.failed(delivery_error(self._cause, ticket, left=False))
+            ticket.failed(delivery_error(self._cause, ticket))
         else:
             ticket(error, message)
 
