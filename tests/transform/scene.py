@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
@@ -34,6 +34,7 @@ QUICK = {"EO_TRANSFORM_BATCH": "10", "EO_TRANSFORM_INTERVAL": "0.05", "EO_MAX_WA
 
 
 _SETTLING = 3.0
+_PATIENCE = 15.0
 _TRANSACTION_TIMEOUT = 20.0
 """Longer than a transform's, and than Kafka takes to see that it is over."""
 
@@ -117,8 +118,12 @@ class Scene:
         """Where each partition ends for read_committed readers (`stable`), or for others."""
         level = IsolationLevel.READ_COMMITTED if stable else IsolationLevel.READ_UNCOMMITTED
         asked = {TopicPartition(topic, partition): OffsetSpec.latest() for partition in range(self.partitions[topic])}
-        answers = admin_client(self.servers).list_offsets(asked, isolation_level=level, request_timeout=10)
-        return {where.partition: answer.result().offset for where, answer in answers.items()}
+
+        def ask() -> dict[int, int]:
+            answers = admin_client(self.servers).list_offsets(asked, isolation_level=level, request_timeout=10)
+            return {where.partition: answer.result().offset for where, answer in answers.items()}
+
+        return _patiently(ask)
 
     def no_transaction_open(self, topic: str) -> None:
         """Wait for it: a commit is confirmed a moment before each partition has its marker."""
@@ -239,11 +244,15 @@ def offsets_reader(servers: str, group: str) -> Consumer:
 
 def committed(reader: Consumer, asked: list[TopicPartition]) -> dict[int, int]:
     """The group's offsets by partition, 0 where there is none."""
-    # A broker that has just started says for a moment that it is not the group's coordinator.
-    deadline = clock.monotonic() + 10
+    return _patiently(lambda: {at.partition: max(at.offset, 0) for at in reader.committed(asked, timeout=10)})
+
+
+def _patiently(ask: Callable[[], dict[int, int]]) -> dict[int, int]:
+    # A broker that has just started, or was too busy to say that it lives, leads nothing for a moment.
+    deadline = clock.monotonic() + _PATIENCE
     while True:
         try:
-            return {at.partition: max(at.offset, 0) for at in reader.committed(asked, timeout=10)}
+            return ask()
         except KafkaException:
             if clock.monotonic() > deadline:
                 raise
