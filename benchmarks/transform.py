@@ -272,8 +272,10 @@ def main() -> None:
             print(f"backlog of {backlog:>9}: peak {found['rss']:.0f} MiB", flush=True)
     else:
         bench = Bench(options.messages)
-        compare(bench, options.rounds, options.only)
-        bench.delete(bench.source)
+        try:
+            compare(bench, options.rounds, options.only)
+        finally:
+            bench.delete(bench.source)
 
 
 if __name__ == "__main__":
