@@ -39,14 +39,6 @@ class Ticket(ABC):
         self.destination = destination
         self.size = size
 
-    def __call__(self, error: KafkaError | None, message: Message) -> None:
-        """librdkafka's delivery report."""
-        if error is None:
-            # None only where there is no such thing, which is not so in a report of success.
-            self.delivered(message.partition() or 0, message.offset() or 0, message.timestamp()[1])
-        else:
-            self.failed(delivery_error(error, self))
-
     def unconfirmed(self) -> OutcomeUnknown:
         """What to tell a sender who waits no longer."""
         topic = self.destination.topic
@@ -60,6 +52,15 @@ class Ticket(ABC):
     @abstractmethod
     def failed(self, error: EoError) -> None:
         """Kafka does not hold it, or, with OutcomeUnknown, may."""
+
+
+def report(ticket: Ticket, error: KafkaError | None, message: Message) -> None:
+    """librdkafka's delivery report of a ticket's record."""
+    if error is None:
+        # None only where there is no such thing, which is not so in a report of success.
+        ticket.delivered(message.partition() or 0, message.offset() or 0, message.timestamp()[1])
+    else:
+        ticket.failed(delivery_error(error, ticket))
 
 
 def delivery_error(fault: KafkaError | KafkaException, ticket: Ticket, *, left: bool = True) -> EoError:

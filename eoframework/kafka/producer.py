@@ -11,7 +11,7 @@ from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from eoframework import clock
 from eoframework.errors import Abortable, ConfigurationError, EoError, Permanent, Retryable
-from eoframework.kafka.delivery import OF_THE_RECORD, Ticket
+from eoframework.kafka.delivery import OF_THE_RECORD, Ticket, report
 from eoframework.kafka.faults import classify, is_topic_trouble, kafka_error
 
 _log = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ class BatchProducer:
     def _tell(self, ticket: Ticket, error: KafkaError | None, message: Message) -> None:
         self._on_delivery(error, message)
         if error is None or error.code() not in _PURGED:
-            ticket(error, message)
+            report(ticket, error, message)
 
     def _refused(self, error: Exception, topic: str) -> EoError:
         if isinstance(error, KafkaException):

@@ -12,7 +12,7 @@ from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from eoframework import clock, events
 from eoframework.errors import ConfigurationError, EncodeError, Permanent, Retryable
-from eoframework.kafka.delivery import Ticket, delivery_error
+from eoframework.kafka.delivery import Ticket, delivery_error, report
 from eoframework.kafka.destinations import Destination
 from eoframework.kafka.faults import is_topic_trouble, kafka_error
 from eoframework.kafka.producer import REQUEST_SHARE, Outgoing, lower_batch_size
@@ -170,7 +170,7 @@ class SendingClient:
         if error is not None and self._cause is not None and error.code() == KafkaError._PURGE_QUEUE:
             ticket.failed(delivery_error(self._cause, ticket))
         else:
-            ticket(error, message)
+            report(ticket, error, message)
 
     def _poll(self) -> None:
         while not self._ended.is_set():

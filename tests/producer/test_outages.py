@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import pytest
 from confluent_kafka.admin import (
@@ -21,7 +22,7 @@ from eoframework import ConfigurationError, OutcomeUnknown, Producer, Retryable,
 from eoframework.kafka import transaction
 from eoframework.settings import Settings
 from tests.processes import eventually, read_topic
-from tests.producer.conftest import MakeProducer, Order, OrderTopic, Own, numbers, orders_on, outcome, read
+from tests.producer.conftest import MakeProducer, Order, OrderTopic, Own, Wire, numbers, orders_on, outcome, read
 from tests.relay.test_broken_services import allow, deny
 
 
@@ -49,6 +50,24 @@ def when(event: str, act: object) -> Iterator[None]:
         yield
     finally:
         unsubscribe()
+
+
+@contextmanager
+def cut(wire: Wire, end: Literal["lost", "unanswered"]) -> Iterator[None]:
+    """What happens to the end of the next transaction, until its client is replaced."""
+
+    def listen(name: str, fields: dict[str, object]) -> None:
+        if name == "kafka.transaction.committing":
+            wire.end = end
+        elif name == "kafka.producer.replaced":
+            wire.end = ""
+
+    unsubscribe = events.subscribe(listen)
+    try:
+        yield
+    finally:
+        unsubscribe()
+        wire.end = ""
 
 
 # --- single messages --------------------------------------------------------------------------------------------------
@@ -193,8 +212,7 @@ def test_a_commit_without_an_answer_that_happened(
     producer = make_producer(settings)
     transact(producer, orders, 1)
     hurry()
-    own.wire.end = "unanswered"
-    with when("kafka.producer.replaced", lambda: setattr(own.wire, "end", "")):
+    with cut(own.wire, "unanswered"):
         sent = transact(producer, orders)
     assert len(sent) == 6
     assert numbers(settings, orders) == [0, *range(6)]
@@ -210,9 +228,8 @@ def test_a_commit_without_an_answer_that_did_not_happen(
     producer = make_producer(settings)
     transact(producer, orders, 1)
     hurry()
-    own.wire.end = "lost"
     with (
-        when("kafka.producer.replaced", lambda: setattr(own.wire, "end", "")),
+        cut(own.wire, "lost"),
         pytest.raises(Retryable, match="readers see nothing of it"),
     ):
         transact(producer, orders)
@@ -224,7 +241,12 @@ def test_a_commit_without_an_answer_that_did_not_happen(
 
 @pytest.mark.parametrize("end", ["lost", "unanswered"])
 def test_a_commit_that_nobody_can_tell_of(
-    own: Own, settings: Settings, make_producer: MakeProducer, orders: OrderTopic, hurry: Callable[[], None], end: str
+    own: Own,
+    settings: Settings,
+    make_producer: MakeProducer,
+    orders: OrderTopic,
+    hurry: Callable[[], None],
+    end: Literal["lost", "unanswered"],
 ) -> None:
     """Without the right to read, there is no way to know: OutcomeUnknown, with what a second attempt needs."""
     client = AdminClient({"bootstrap.servers": settings.require_bootstrap_servers()})
@@ -232,10 +254,9 @@ def test_a_commit_that_nobody_can_tell_of(
     transact(producer, orders, 1)
     hurry()
     deny(client, orders.name, AclOperation.READ)
-    own.wire.end = end  # type: ignore[assignment]
     try:
         with (
-            when("kafka.producer.replaced", lambda: setattr(own.wire, "end", "")),
+            cut(own.wire, end),
             pytest.raises(OutcomeUnknown, match=r"6 messages.*not answered.*same id=") as raised,
         ):
             transact(producer, orders)

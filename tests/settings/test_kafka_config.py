@@ -105,6 +105,8 @@ def test_librdkafka_takes_every_configuration(protocol: str, kafka: dict[str, st
         lambda: Producer(config.producer_config(settings, client_id="c")),
         lambda: Producer(config.transactional_config(settings, transactional_id="t", client_id="c")),
         lambda: Producer(config.transform_config(settings, transactional_id="t", client_id="c")),
+        lambda: Producer(config.sending_config(settings, client_id="c")),
+        lambda: Producer(config.sending_transaction_config(settings, transactional_id="t")),
         lambda: AdminClient(config.admin_config(settings)),
     ]
     for make in clients:
