@@ -90,6 +90,16 @@ def test_consumer_and_producers_are_safe() -> None:
 
 
 @pytest.mark.parametrize("protocol", ["consumer", "classic"])
+def test_a_producers_clients_compress_and_do_not_wait_unless_told_otherwise() -> None:
+    made = config.sending_config(load(), client_id="c"), config.sending_transaction_config(load(), transactional_id="t")
+    assert [one["compression.type"] for one in made] == ["lz4", "lz4"]
+    assert (made[0]["linger.ms"], made[0]["acks"], made[0]["enable.idempotence"]) == (0, "all", True)
+    for key in ("compression.type", "compression.codec"):
+        told = config.sending_config(load(**{key: "none", "linger.ms": "7"}), client_id="c")
+        assert (told[key], told["linger.ms"]) == ("none", "7")
+        assert len({"compression.type", "compression.codec"} & told.keys()) == 1
+
+
 @pytest.mark.parametrize(
     "kafka",
     [{}, {"socket.timeout.ms": "4000"}, {"socket.timeout.ms": "90000", "message.max.bytes": "80000000"}],
