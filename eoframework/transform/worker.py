@@ -382,7 +382,7 @@ class TransformWorker:
                 self._beginning.ask_topic(self._stream)()
                 if self._limit < self._largest:
                     for missing in self._targets.missing():
-                        log.warning("%s: %s What is made for it waits; nothing is lost", self.name, missing)
+                        log.warning("%s: %s; what is made for it waits, nothing is lost", self.name, missing)
             except Retryable as trouble:
                 log.info("%s: topic not checked: %s It is checked again soon", self.name, trouble)
 
