@@ -89,7 +89,6 @@ def test_consumer_and_producers_are_safe() -> None:
     assert "fetch.min.bytes" not in producer
 
 
-@pytest.mark.parametrize("protocol", ["consumer", "classic"])
 def test_a_producers_clients_compress_and_do_not_wait_unless_told_otherwise() -> None:
     made = config.sending_config(load(), client_id="c"), config.sending_transaction_config(load(), transactional_id="t")
     assert [one["compression.type"] for one in made] == ["lz4", "lz4"]
@@ -100,6 +99,7 @@ def test_a_producers_clients_compress_and_do_not_wait_unless_told_otherwise() ->
         assert len({"compression.type", "compression.codec"} & told.keys()) == 1
 
 
+@pytest.mark.parametrize("protocol", ["consumer", "classic"])
 @pytest.mark.parametrize(
     "kafka",
     [{}, {"socket.timeout.ms": "4000"}, {"socket.timeout.ms": "90000", "message.max.bytes": "80000000"}],
