@@ -114,7 +114,9 @@ def send_steadily(scene: Scene) -> threading.Thread:
 def test_outputs_once_and_in_order_while_members_come_go_freeze_and_die(
     protocol: str, services: Addresses, template: str, tmp_path: Path
 ) -> None:
-    """Seen to fail: to be filled."""
+    """Seen to fail with the group's offsets in a Kafka transaction of their own after that of the outputs
+    (`Transformer._commit`): outputs twice.
+    """
     environment = {**PROTOCOLS[protocol], "CHAIN_LINGER": "0.1"}
     with open_stages(services, template, tmp_path) as stages:
         scene = stages.scene(partitions=PARTITIONS)
