@@ -7,8 +7,10 @@ import logging
 import os
 import re
 import threading
+from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, TypeVar, overload
 from uuid import UUID, uuid4
@@ -34,6 +36,7 @@ _NAME = re.compile(r"[a-zA-Z0-9._-]{1,100}")
 # Every message is reported within message.timeout.ms; a little later something is wrong with the client itself.
 _MARGIN = 10.0
 _AT_EXIT = 15.0
+_REMEMBERED = 1000
 _CHUNK = 2000
 
 
@@ -66,7 +69,8 @@ class Producer:
         self._lock = threading.Lock()
         self._process: int | None = None
         self._closed = False
-        self._failed: list[Pending] = []
+        self._failed: deque[Pending] = deque()
+        self._forget_at = _REMEMBERED
         self._destinations = Destinations(self._settings)
         client_id = f"eo-producer-{name or os.getpid()}"
         self._clients = SendingClients(sending_config(self._settings, client_id=client_id))
@@ -216,6 +220,8 @@ class Producer:
     def _post(self, item: Item, deadline: float) -> Promise:
         self._check_usable()
         draft, destination = self._prepare(item, deadline)
+        if len(self._failed) >= self._forget_at:
+            self._forget_heard()
         ticket = Promise(draft.id, destination, draft.size, self._failed)
         self._clients.send(draft.record(ticket), destination, deadline=deadline)
         return ticket
@@ -295,9 +301,19 @@ class Producer:
         except EoError as error:
             _log.error("%r, at the end of the process: %s", self, error)
 
+    def _take_failed(self) -> Iterator[Pending]:
+        # One by one: what the clients' threads add meanwhile must not be thrown away with the rest.
+        with suppress(IndexError):
+            while True:
+                yield self._failed.popleft()
+
+    def _forget_heard(self) -> None:
+        """A program that never flushes would keep every failure that its `send` raised long ago."""
+        self._failed.extend([pending for pending in self._take_failed() if not pending.heard])
+        self._forget_at = max(_REMEMBERED, 2 * len(self._failed))
+
     def _raise_unheard(self) -> None:
-        failed, self._failed[:] = list(self._failed), []
-        unheard = [pending for pending in failed if not pending.heard]
+        unheard = [pending for pending in self._take_failed() if not pending.heard]
         if not unheard:
             return
         error = unheard[0].exception(0)

@@ -62,6 +62,7 @@ class Turn:
         self._lock = threading.Lock()
         self._holder = ""
         self._taken_over = ""
+        self._closed = False
         self._client: TransactionalProducer | None = None
 
     @property
@@ -79,6 +80,8 @@ class Turn:
 
     def take(self) -> None:
         """Begin; raises Permanent or Fenced."""
+        if self._closed:
+            raise Permanent(f"{self.transactional_id}: its Producer is closed.", remedy="Make another Producer.")
         if self._taken_over:
             raise Fenced(f"{self._taken_over}.", remedy=_FENCED_REMEDY)
         if not self._lock.acquire(blocking=False):
@@ -95,6 +98,7 @@ class Turn:
 
     def close(self) -> None:
         """End the client; at the end of a process also under an open transaction, which Kafka then aborts."""
+        self._closed = True
         client, self._client = self._client, None
         if client is not None:
             client.close()
@@ -182,7 +186,14 @@ class KafkaTransaction:
         """
         self._check_open()
         deadline = clock.monotonic() + self._turn.patience
-        draft, destination = self._prepare(Item(topic, payload, key, id, headers, traceparent), deadline)
+        item = Item(topic, payload, key, id, headers, traceparent)
+        try:
+            draft, destination = self._prepare(item, deadline)
+        except Retryable as error:
+            # Nothing is wrong with the message: caught in the block, it would be missing from what is committed.
+            self._abort()
+            self._broken = self._aborted(error)
+            raise self._broken from error
         ticket = self._batch.ticket(draft.id, destination, draft.size)
         self._destinations.setdefault(draft.topic, destination)
         self._held.append(draft.record(ticket))
@@ -240,7 +251,7 @@ class KafkaTransaction:
             raise self._unknown("it was committed", "messages of it were dropped")
         try:
             client.commit()
-        except (Retryable, Abortable, Fenced, RestartNeeded, Rejected) as error:
+        except EoError as error:
             self._resolve(error)
 
     def _abort(self) -> None:
@@ -259,6 +270,11 @@ class KafkaTransaction:
         except EoError as error:
             self._abort()
             self._broken = error
+            raise
+        except BaseException as error:
+            # Such as what a signal handler raises, between two records: caught in the block, the rest would be missing.
+            self._abort()
+            self._broken = Permanent(f"{self._turn.transactional_id}: interrupted by {error!r}. {_NOTHING}")
             raise
 
     # --- what went wrong ---

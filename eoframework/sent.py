@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from datetime import datetime
@@ -67,7 +68,7 @@ class Promise(Ticket):
 
     __slots__ = ("_failed", "pending")
 
-    def __init__(self, id: UUID, destination: Destination, size: int, failed: list[Pending]) -> None:  # noqa: A002
+    def __init__(self, id: UUID, destination: Destination, size: int, failed: deque[Pending]) -> None:  # noqa: A002
         """failed: gets the Future when it fails, for `flush`."""
         super().__init__(id, destination, size)
         self._failed = failed

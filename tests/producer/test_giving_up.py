@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Iterable
+from contextlib import suppress
+from secrets import token_hex
 
 import pytest
 
-from eoframework import OutcomeUnknown, Sent
+from eoframework import EncodeError, OutcomeUnknown, Producer, Retryable, Sent
+from eoframework.errors import Permanent
+from eoframework.kafka.destinations import Destination
+from eoframework.kafka.producer import Outgoing
+from eoframework.kafka.transaction import TransactionalProducer
+from eoframework.settings import Settings
 from tests.processes import eventually
-from tests.producer.conftest import MakeProducer, Order, Own, numbers, orders_on, outcome
+from tests.producer.conftest import MakeOrders, MakeProducer, Order, OrderTopic, Own, numbers, orders_on, outcome
 from tests.protocol_proxy import PRODUCE, Request
 
 
@@ -42,3 +50,95 @@ def test_written_and_waiting_to_be_sent_again(own: Own, intact: Own, make_produc
     assert numbers(own.settings(), orders) == [0, 1]
     assert not isinstance(result, Sent)
     assert isinstance(result, OutcomeUnknown), result
+
+
+# --- Kafka transactions -----------------------------------------------------------------------------------------------
+
+
+def test_a_message_that_could_not_be_prepared_is_not_left_out(
+    producer: Producer, orders: OrderTopic, kafka: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kafka is away for a moment at a topic's first message, and the block catches that.
+
+    Seen to fail (committed without the message) with the error passed on as it was.
+    """
+    look = producer._destinations.look
+
+    def away_once(topic: str, *, deadline: float) -> Destination:
+        monkeypatch.setattr(producer._destinations, "look", look)
+        raise Retryable(f"{topic}: nothing was sent: Kafka cannot be reached.")
+
+    def block() -> None:
+        with producer.transaction() as t:
+            t.send(orders, Order(number=1))
+            monkeypatch.setattr(producer._destinations, "look", away_once)
+            with suppress(Retryable):
+                t.send(orders, Order(number=2))
+
+    with pytest.raises(Retryable, match=r"cannot be reached.*aborted"):
+        block()
+    assert numbers(kafka, orders) == []
+
+
+class Alarm(Exception):
+    pass
+
+
+def test_an_interruption_between_two_records_leaves_none(
+    producer: Producer, orders: OrderTopic, kafka: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal handler raises while records are handed over, and the block catches that.
+
+    Seen to fail (a part was committed) without the last `except` of `_guarded`.
+    """
+    send, given = TransactionalProducer.send, []
+
+    def interrupted(self: TransactionalProducer, records: Iterable[Outgoing]) -> None:
+        given.append(records)
+        if len(given) == 500:
+            raise Alarm
+        send(self, records)
+
+    monkeypatch.setattr(TransactionalProducer, "send", interrupted)
+
+    def block() -> None:
+        with producer.transaction() as t:
+            for number in range(1000):
+                with suppress(Alarm):
+                    t.send(orders, Order(number=number))
+
+    with pytest.raises(Permanent, match=r"interrupted by Alarm.*aborted"):
+        block()
+    assert numbers(kafka, orders) == []
+    with producer.transaction() as t:
+        t.send(orders, Order(number=7))
+    assert numbers(kafka, orders) == [7]
+
+
+def test_a_transaction_of_a_closed_producer(producer: Producer, orders: OrderTopic, kafka: Settings) -> None:
+    """Made before, entered after. Seen to fail: it opened a client that nobody ended, and committed."""
+    t = producer.transaction()
+    producer.close()
+    with pytest.raises(Permanent, match="is closed"), t:
+        t.send(orders, Order(number=1))
+    assert numbers(kafka, orders) == []
+
+
+# --- failures ---------------------------------------------------------------------------------------------------------
+
+
+def test_failures_that_were_heard_are_not_kept(
+    producer: Producer, make_orders: MakeOrders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a program that never flushes. Seen to fail: all of them were kept. One that nobody heard still is."""
+    monkeypatch.setattr("eoframework.producer._REMEMBERED", 10)
+    producer._forget_at = 10
+    narrow = make_orders(config={"max.message.bytes": "2000"})
+    unheard = producer.send_soon(narrow, Order(number=0, text=token_hex(3000)))
+    for number in range(40):
+        with pytest.raises(EncodeError):
+            producer.send(narrow, Order(number=number, text=token_hex(3000)))
+    assert len(producer._failed) <= 20
+    with pytest.raises(EncodeError, match=r"has 6\d\d\d bytes"):
+        producer.flush()
+    assert unheard.done()
