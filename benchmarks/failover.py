@@ -29,7 +29,7 @@ from pathlib import Path
 from eoframework import clock
 from tests.cluster.brokers import Brokers, three_brokers
 from tests.cluster.faults import frozen, killed, restarted
-from tests.cluster.flows import Chain, Flow, Spine, running
+from tests.cluster.flows import Chain, Flow, Role, Spine, running
 from tests.cluster.places import migrated_database
 from tests.processes import eventually
 
@@ -54,12 +54,12 @@ def faults(brokers: Brokers, flow: Flow) -> dict[str, Callable[[], AbstractConte
     return found
 
 
-def _killing(role: Callable[[], object]) -> Callable[[], AbstractContextManager[None]]:
-    return lambda: killed(role())  # type: ignore[arg-type]
+def _killing(role: Role) -> Callable[[], AbstractContextManager[None]]:
+    return lambda: killed(role())
 
 
-def _freezing(role: Callable[[], object]) -> Callable[[], AbstractContextManager[None]]:
-    return lambda: frozen(role())  # type: ignore[arg-type]
+def _freezing(role: Role) -> Callable[[], AbstractContextManager[None]]:
+    return lambda: frozen(role())
 
 
 def measure(
@@ -152,7 +152,7 @@ def main() -> None:
     directory = Path(tempfile.mkdtemp(prefix="eo-failover-"))
     with three_brokers(directory, session_timeout_ms=SESSION_TIMEOUT_MS) as brokers:
         for name in [arguments.flow] if arguments.flow else FLOWS:
-            rows = [HEAD]
+            rows: list[tuple[str, ...]] = [HEAD]
             with (
                 migrated_database(brokers) as url,
                 running(FLOWS[name], brokers, url, directory, rate=arguments.rate, **environment) as flow,

@@ -35,8 +35,8 @@ _RETRY_BACKOFF_MAX_MS = 1000
 _SOCKET_TIMEOUT_MS = 10_000
 # How long a broker waits for its followers before it says so: less, or the client hangs up before it hears of it.
 _ACKS_SHARE = 0.9
-# What one answer may hold must come through within that time, or the same fetch is tried for ever. librdkafka's own pair,
-# 50 MiB in 60 s, needs a line of 7 Mbit/s; so does this one.
+# What one answer may hold must come through within that time, or the same fetch is tried for ever. librdkafka's own
+# pair, 50 MiB in 60 s, needs a line of 7 Mbit/s; so does this one.
 _FETCH_BYTES_PER_MS = 52_428_800 // 60_000
 
 

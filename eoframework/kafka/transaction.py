@@ -16,6 +16,7 @@ from confluent_kafka import KafkaError, KafkaException, TopicPartition
 
 from eoframework import clock, events
 from eoframework.errors import ConfigurationError, EoError, RestartNeeded, Retryable
+from eoframework.kafka.bounded import NoReturn, bounded
 from eoframework.kafka.faults import kafka_error
 from eoframework.kafka.membership import Membership
 from eoframework.kafka.producer import BatchProducer, Outgoing, lower_batch_size
@@ -116,12 +117,14 @@ class TransactionalProducer:
         producer.flush()
         events.emit("kafka.transaction.flushed", transactional_id=self._name)
         moved = [TopicPartition(topic, p, offset, metadata=mark) for p, (offset, mark) in sorted(offsets.items())]
-        started = clock.monotonic()
         try:
-            producer.client.send_offsets_to_transaction(moved, membership.raw, _CALL_TIMEOUT)
+            taken = bounded(
+                lambda timeout: producer.client.send_offsets_to_transaction(moved, membership.raw, timeout),
+                _CALL_TIMEOUT,
+            )
         except KafkaException as error:
             raise self._doubted(producer, error, "moving the group's offsets in a Kafka transaction") from error
-        self._time(started, "moving the group's offsets")
+        self._note_slow(taken, "moving the group's offsets")
         events.emit("kafka.transaction.offsets_sent", transactional_id=self._name)
 
     def commit(self) -> None:
@@ -134,12 +137,11 @@ class TransactionalProducer:
         events.emit("kafka.transaction.flushed", transactional_id=self._name)
         events.emit("kafka.transaction.committing", transactional_id=self._name)
         # Timed alone, after the flush: a flush within the timing is slow for honest reasons in 5 % of the batches.
-        started = clock.monotonic()
         try:
-            producer.client.commit_transaction(_CALL_TIMEOUT)
+            taken = bounded(producer.client.commit_transaction, _CALL_TIMEOUT)
         except KafkaException as error:
             raise self._doubted(producer, error, "committing a Kafka transaction") from error
-        self._time(started, "a commit")
+        self._note_slow(taken, "a commit")
         if self._late:
             self.doubt(self._late)
         events.emit("kafka.transaction.committed", transactional_id=self._name)
@@ -151,8 +153,9 @@ class TransactionalProducer:
         self.doubt("a transaction was aborted")
         try:
             self._producer.client.purge()
-            self._producer.client.abort_transaction(_ABORT_TIMEOUT)
+            bounded(self._producer.client.abort_transaction, _ABORT_TIMEOUT)
         except KafkaException as error:
+            self._leave_alone(self._producer, error)
             _log.debug("%s: abort: %s; the next producer ends the transaction.", self._name, error)
 
     def doubt(self, why: str) -> None:
@@ -175,9 +178,8 @@ class TransactionalProducer:
         if producer is not None:
             producer.close()
 
-    def _time(self, started: float, what: str) -> None:
+    def _note_slow(self, taken: float, what: str) -> None:
         # Noted and not yet a doubt: a second copy within this transaction changes nothing, it may go on to its commit.
-        taken = clock.monotonic() - started
         if taken >= self._quarantine_after:
             self._late = f"{what} took {taken * 1000:.0f} ms, so a request may have been sent twice"
 
@@ -199,7 +201,13 @@ class TransactionalProducer:
 
     def _doubted(self, producer: BatchProducer, error: KafkaException, what: str) -> EoError:
         self.doubt(f"{what} failed: {kafka_error(error).str()}")
+        self._leave_alone(producer, error)
         return producer.call_failed(error, f"{what} as {self._name}")
+
+    def _leave_alone(self, producer: BatchProducer, error: KafkaException) -> None:
+        # Closing it would wait for the call that does not come back. Of what it may still send the next one's epoch is
+        # the fence.
+        producer.broken = producer.broken or isinstance(error, NoReturn)
 
     def _initialise(self, producer: BatchProducer) -> None:
         deadline = clock.monotonic() + _CALL_TIMEOUT
