@@ -38,6 +38,10 @@ _FAILURE = """
 def _statements(eo: str) -> list[str]:
     place, failure = _PLACE.replace("{eo}", eo), _FAILURE
     return [
+        # All that is changed below, in the order in which running workers take it: whoever took processed_message first
+        # and then waited for position would meet batches that hold position and wait for processed_message, for as long
+        # as there are any (seen: 27 deadlocks in a row).
+        f"LOCK TABLE {eo}.position, {eo}.processed_message, {eo}.consumer, {eo}.dead_letter IN ACCESS EXCLUSIVE MODE",
         # A lane is what keeps its order: a key, or a message that has none.
         f"""
         CREATE TABLE {eo}.parked_key (
