@@ -55,7 +55,11 @@ def run(workers: Sequence[Worker], *, stop: threading.Event, once: bool = False)
     lives = [_Life(worker, stop, once=once) for worker in workers]
     for life in lives:
         life.thread.start()
+    told = False
     while any(life.thread.is_alive() for life in lives):
+        if stop.is_set() and not told:
+            told = True
+            _log.info("stopping: what is in flight is finished first.")
         # Joining with a timeout leaves this, the main thread, free to run signal handlers in between.
         for life in lives:
             life.thread.join(_WATCH)

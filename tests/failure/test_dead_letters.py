@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -39,8 +38,8 @@ def test_what_is_kept(app: App) -> None:
     """After its attempts, in one transaction with the processed row and the removal from its lane."""
     bench = Bench(app, retry=retrying(2))
     bench.broken = {1: Overdrawn("by 7")}
-    record = replace(bench.entry(1, "k", with_id=False), timestamp=1_700_000_000_123)
-    record = replace(record, headers=(("message-id", str(id_of(1)).encode()), ("x", b"\xff")))
+    record = bench.entry(1, "k", with_id=False)._replace(timestamp=1_700_000_000_123)
+    record = record._replace(headers=(("message-id", str(id_of(1)).encode()), ("x", b"\xff")))
     bench.run(bench.entry(0, partition=1), record)
     bench.drain()
     (letter,) = letters(bench)
@@ -92,9 +91,9 @@ def test_what_cannot_be_decoded_is_never_tried_again(app: App, *, behind: bool) 
     """
     bench = Bench(app, retry=retrying(3))
     bench.broken = {0: ValueError("x")} if behind else {}
-    broken = replace(bench.rig.record(b"{", key=b"k"), headers=())
-    first = replace(bench.entry(0), offset=0)
-    outcome = bench.run(first, replace(broken, offset=1), bench.entry(2))
+    broken = bench.rig.record(b"{", key=b"k")._replace(headers=())
+    first = bench.entry(0)._replace(offset=0)
+    outcome = bench.run(first, broken._replace(offset=1), bench.entry(2))
     assert outcome.moved == {0: 3}
     assert outcome.dead == (0 if behind else 1)
     bench.broken = {}
@@ -106,7 +105,7 @@ def test_what_cannot_be_decoded_is_never_tried_again(app: App, *, behind: bool) 
 
 def test_an_unreadable_record_says_why(app: App) -> None:
     bench = Bench(app)
-    bench.run(replace(bench.entry(0), unreadable="a header \0 name"))
+    bench.run(bench.entry(0)._replace(unreadable="a header \0 name"))
     ((unreadable, cause),) = letters(bench, "unreadable, error")
     assert "a header" in unreadable
     assert "a header" in cause
@@ -186,7 +185,7 @@ def test_a_dead_letter_topic(app: App) -> None:
         ("mine", b"\x00\xff"),
     )
     bench.broken = {0: ValueError("x" * 100_000), 1: ValueError("y")}
-    bench.run(replace(bench.entry(0), headers=foreign), replace(bench.entry(1, None), headers=()))
+    bench.run(bench.entry(0)._replace(headers=foreign), bench.entry(1, None)._replace(headers=()))
     assert bench.rows("SELECT id FROM eo.outbox_message") == []
     bench.drain()
     rows = bench.rows("SELECT topic, key, payload, headers, source FROM eo.outbox_message ORDER BY seq")
@@ -210,7 +209,7 @@ def test_at_the_size_limit(app: App) -> None:
     """Nothing of this path knows a limit: what is too large for the topic of dead letters is the relay's to refuse."""
     bench = Bench(app, retry=retrying(1), dead_letter_topic=True, echo=False)
     bench.broken = {0: ValueError("x")}
-    large = replace(bench.entry(0), value=b'{"n": 0, "more": "%s"}' % (b"x" * 5_000_000))
+    large = bench.entry(0)._replace(value=b'{"n": 0, "more": "%s"}' % (b"x" * 5_000_000))
     assert bench.run(large).moved == {0: 1}
     assert [bytes(row[0]) for row in bench.rows("SELECT payload FROM eo.outbox_message")] == [large.value]
     assert [bytes(row[0]) for row in letters(bench, "payload")] == [large.value]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from dataclasses import replace
 from uuid import UUID
 
 import pytest
@@ -255,7 +254,7 @@ def test_what_would_end_the_worker_cleanly_blames_its_message(app: App, error: B
     bench.broken = {1: leave} if where == "handler" else {}
     first, poison, last = (bench.entry(n) for n in range(3))
     if where == "codec":
-        poison = replace(poison, value=b'{"n": -1}')
+        poison = poison._replace(value=b'{"n": -1}')
         Entry.on_negative = error
     bench.run(first, poison, last)
     bench.drain()
@@ -290,8 +289,8 @@ def test_a_duplicate_of_a_parked_message_counts_once(app: App) -> None:
     bench.broken = {0: ValueError("no")}
     first = bench.entry(0)
     bench.run(first)
-    again = [replace(bench.entry(9, key), value=first.value, headers=first.headers) for key in ("k", "k2")]
-    elsewhere = replace(bench.entry(9, "k3", partition=1), value=first.value, headers=first.headers)
+    again = [bench.entry(9, key)._replace(value=first.value, headers=first.headers) for key in ("k", "k2")]
+    elsewhere = bench.entry(9, "k3", partition=1)._replace(value=first.value, headers=first.headers)
     bench.broken = {}
     bench.run(*again, elsewhere)
     assert bench.booked() == [0], "under the first key that was open"
@@ -309,7 +308,7 @@ def test_a_duplicate_of_a_dead_message_is_not_run(app: App) -> None:
     bench.drain()
     assert bench.dead() == [0]
     bench.broken = {}
-    assert bench.run(replace(bench.entry(9), value=first.value, headers=first.headers)).duplicates == 1
+    assert bench.run(bench.entry(9)._replace(value=first.value, headers=first.headers)).duplicates == 1
     assert bench.booked() == []
 
 
@@ -323,7 +322,7 @@ def test_one_id_under_two_keys_of_which_one_is_shut(app: App) -> None:
     bench.run(bench.entry(0, "shut"), bench.entry(2, "else"))  # two: from now on with savepoints
     bench.run(bench.entry(3, "else"))
     behind = bench.entry(1, "shut")
-    twin = replace(bench.entry(1, "open"), headers=behind.headers)
+    twin = bench.entry(1, "open")._replace(headers=behind.headers)
     bench.run(behind, twin)
     bench.broken = {}
     bench.drain()
@@ -541,7 +540,7 @@ def test_what_is_parked_comes_back_as_it_was(app: App) -> None:
     """A payload of 1 MB, headers that are not UTF-8 or hold NUL, an error of 10 MB with NUL and half a character."""
     bench = Bench(app, echo=False)
     big = b'{"n": 0, "more": "%s"}' % (b"x" * 1_000_000)
-    record = replace(bench.entry(0, "\x00k"), value=big, headers=HOSTILE_HEADERS, timestamp=2**63 - 1)
+    record = bench.entry(0, "\x00k")._replace(value=big, headers=HOSTILE_HEADERS, timestamp=2**63 - 1)
     seen: list[tuple[tuple[str, bytes | None], ...]] = []
 
     def hurt(message: Message[Entry], tx: Tx) -> None:
