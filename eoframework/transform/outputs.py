@@ -19,6 +19,8 @@ from eoframework.message import DerivedIds, Headers, OutboxMessage, Record
 from eoframework.topic import Topic
 from eoframework.transforms import Out, Transform
 
+_WAYS = 1000
+
 
 class Outputs:
     """Encodes the results of one transform, with ids that are the same however often it runs."""
@@ -28,6 +30,7 @@ class Outputs:
         self._transform = transform
         self._source = source
         self._ids = _Ids(stream)
+        self._names = {topic.name for topic in transform.targets}
         self._ways: dict[tuple[Topic[Any], type], _Way] = {}
         self._way_of = {kind: self._way(topic, kind) for kind, topic in transform.by_class.items()}
         """The way of a payload that names no topic, by its class."""
@@ -56,7 +59,8 @@ class Outputs:
         return self._record(record, trace, way, result, index)
 
     def _out(self, record: Record, trace: bytes | None, out: Out[Any], index: int) -> Outgoing:
-        if out.topic not in self._transform.targets:
+        # By name, as Kafka knows it: the same topic may be declared in two modules, or anew in the function.
+        if out.topic.name not in self._names:
             where = self._transform.where
             raise HandlerMisuse(
                 f"{self._transform.group} ({where}) sends to {out.topic.name!r}, which it does not name.",
@@ -94,6 +98,9 @@ class Outputs:
     def _way(self, topic: Topic[Any], kind: type) -> _Way:
         way = self._ways.get((topic, kind))
         if way is None:
+            if len(self._ways) >= _WAYS:
+                # Topics or classes that are made anew for each message.
+                self._ways.clear()
             type_ = topic.type_of(kind)
             envelope = Envelope(self._source, type_, topic.content_type)
             way = self._ways[topic, kind] = _Way(
