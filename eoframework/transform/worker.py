@@ -103,7 +103,7 @@ class TransformWorker:
         client_id = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
         name = f"eo.transform.{transform.group}.{settings.instance or uuid.uuid4()}"
         config = transform_config(settings, transactional_id=name, client_id=name)
-        self._producer = TransactionalProducer(config, stopping=self._overdue)
+        self._producer = TransactionalProducer(config)
         if largest is not None:
             self._producer.limit_request(largest)
         self._transformer = Transformer(
@@ -243,6 +243,11 @@ class TransformWorker:
         instance, now = self._settings.instance, clock.monotonic()
         # A transaction that was open for too long, frozen or not, is fenced by Kafka itself.
         itself = now - self._running_since >= self._settings.transform_transaction_timeout
+        if itself and isinstance(trouble, (Fenced, RestartNeeded)):
+            text = (
+                "%s: it took %.0f s. If this goes on, raise EO_TRANSFORM_TRANSACTION_TIMEOUT, or make less of a message"
+            )
+            log.warning(text, self.name, now - self._running_since)
         if instance is None or itself or not isinstance(trouble, Fenced):
             return
         self._fenced = [when for when in self._fenced if now - when < _TWINS_WITHIN] + [now]
@@ -385,9 +390,6 @@ class TransformWorker:
                         log.warning("%s: %s; what is made for it waits, nothing is lost", self.name, missing)
             except Retryable as trouble:
                 log.info("%s: topic not checked: %s It is checked again soon", self.name, trouble)
-
-    def _overdue(self) -> bool:
-        return False
 
     def _member(self) -> GroupConsumer:
         if self._consumer is None:

@@ -236,7 +236,7 @@ def test_a_step_that_fails_after_its_fetch_skips_nothing(mill: Mill) -> None:
     assert mill.ground() == [0, 1, 2, 3]
 
 
-def test_slow_is_no_twin(mill: Mill) -> None:
+def test_slow_is_no_twin(mill: Mill, caplog: pytest.LogCaptureFixture) -> None:
     """Kafka fences a transaction that lasts too long, again and again. Seen to fail: stopped, and a twin was blamed."""
 
     @mill.app.transform(mill.grain, to=mill.flour, name="grind")
@@ -251,6 +251,7 @@ def test_slow_is_no_twin(mill: Mill) -> None:
     mill.pour([1])
     mill.run_to(1)
     assert mill.ground() == [1]
+    assert "raise EO_TRANSFORM_TRANSACTION_TIMEOUT, or make less of a message" in caplog.text
 
 
 def test_a_list_of_which_many_are_named(mill: Mill) -> None:
