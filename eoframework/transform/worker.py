@@ -99,12 +99,11 @@ class TransformWorker:
         self._beginning = Beginning(transform, self._app.database, self._admin)
         self._stream = self._beginning.register(app=self._app.name, declared=self._app.groups)
         self._targets = Targets(transform, self._admin)
-        largest = self._targets.largest_request()
         client_id = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
         name = f"eo.transform.{transform.group}.{settings.instance or uuid.uuid4()}"
         config = transform_config(settings, transactional_id=name, client_id=name)
         self._producer = TransactionalProducer(config)
-        if largest is not None:
+        if (largest := self._targets.largest_request()) is not None:
             self._producer.limit_request(largest)
         self._transformer = Transformer(
             transform,
@@ -244,9 +243,7 @@ class TransformWorker:
         # A transaction that was open for too long, frozen or not, is fenced by Kafka itself.
         itself = now - self._running_since >= self._settings.transform_transaction_timeout
         if itself and isinstance(trouble, (Fenced, RestartNeeded)):
-            text = (
-                "%s: it took %.0f s. If this goes on, raise EO_TRANSFORM_TRANSACTION_TIMEOUT, or make less of a message"
-            )
+            text = "%s: it took %.0f s. If this goes on, raise EO_TRANSFORM_TRANSACTION_TIMEOUT, or make less of each"
             log.warning(text, self.name, now - self._running_since)
         if instance is None or itself or not isinstance(trouble, Fenced):
             return

@@ -251,7 +251,7 @@ def test_slow_is_no_twin(mill: Mill, caplog: pytest.LogCaptureFixture) -> None:
     mill.pour([1])
     mill.run_to(1)
     assert mill.ground() == [1]
-    assert "raise EO_TRANSFORM_TRANSACTION_TIMEOUT, or make less of a message" in caplog.text
+    assert "raise EO_TRANSFORM_TRANSACTION_TIMEOUT, or make less of each" in caplog.text
 
 
 def test_a_list_of_which_many_are_named(mill: Mill) -> None:
