@@ -7,6 +7,7 @@ open keeps every read_committed reader of its partitions waiting, and one that h
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Callable
 from types import TracebackType
@@ -129,7 +130,7 @@ class KafkaTransaction:
         self._held: list[Outgoing] = []
         self._held_bytes = 0
         self._destinations: dict[str, Destination] = {}
-        self._thread = 0
+        self._thread = self._process = 0
         self._begun: float | None = None
         self._sized: set[str] = set()
         self._state = "new"
@@ -139,10 +140,15 @@ class KafkaTransaction:
         if self._state != "new":
             raise Permanent("a transaction is used once.", remedy="Call producer.transaction() for each block.")
         self._turn.take()
-        self._state, self._thread = "open", threading.get_ident()
+        self._state, self._thread, self._process = "open", threading.get_ident(), os.getpid()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if self._process != os.getpid():
+            # Its messages are the parent's to send; here they would be committed a second time.
+            if error is None:
+                raise self._forked()
+            return
         try:
             if error is not None:
                 self._abort()
@@ -202,7 +208,15 @@ class KafkaTransaction:
             self._guarded(self._produce)
         return draft.id
 
+    def _forked(self) -> Permanent:
+        return Permanent(
+            f"{self._turn.transactional_id}: the transaction belongs to process {self._process}, not to its fork.",
+            remedy="Leave the fork with os._exit() inside the block, or fork before it.",
+        )
+
     def _check_open(self) -> None:
+        if self._state == "open" and self._process != os.getpid():
+            raise self._forked()
         if self._state != "open":
             raise Permanent(
                 f"{self._turn.transactional_id}: the transaction is {self._state}; nothing was sent.",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
+import sys
 from collections.abc import Iterable
 from contextlib import suppress
 from secrets import token_hex
@@ -16,7 +19,17 @@ from eoframework.kafka.producer import Outgoing
 from eoframework.kafka.transaction import TransactionalProducer
 from eoframework.settings import Settings
 from tests.processes import eventually
-from tests.producer.conftest import MakeOrders, MakeProducer, Order, OrderTopic, Own, numbers, orders_on, outcome
+from tests.producer.conftest import (
+    REPOSITORY,
+    MakeOrders,
+    MakeProducer,
+    Order,
+    OrderTopic,
+    Own,
+    numbers,
+    orders_on,
+    outcome,
+)
 from tests.protocol_proxy import PRODUCE, Request
 
 
@@ -122,6 +135,41 @@ def test_a_transaction_of_a_closed_producer(producer: Producer, orders: OrderTop
     with pytest.raises(Permanent, match="is closed"), t:
         t.send(orders, Order(number=1))
     assert numbers(kafka, orders) == []
+
+
+FORKS_INSIDE = """
+import os, sys
+from eoframework import Producer, Topic
+from tests.producer.conftest import Order
+
+orders = Topic(sys.argv[1], Order)
+parent = os.getpid()
+try:
+    with Producer() as producer:
+        with producer.transaction() as t:
+            t.send(orders, Order(number=1))
+            if os.fork():
+                os.wait()
+except Exception as error:
+    print(os.getpid() == parent, error)
+"""
+
+
+def test_a_fork_inside_the_block_sends_nothing_twice(kafka: Settings, orders: OrderTopic) -> None:
+    """Both leave it. Seen to fail: the fork made a client of its own, and committed the messages a second time."""
+    environment = {**os.environ, "EO_KAFKA_BOOTSTRAP_SERVERS": kafka.require_bootstrap_servers()}
+    done = subprocess.run(
+        [sys.executable, "-c", FORKS_INSIDE, orders.name],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=environment,
+        cwd=REPOSITORY,
+        check=True,
+    )
+    assert "belongs to process" in done.stdout
+    assert "True" not in done.stdout
+    assert numbers(kafka, orders) == [1]
 
 
 # --- failures ---------------------------------------------------------------------------------------------------------
