@@ -128,7 +128,10 @@ class ConsumeWorker:
         if self._consumer is None or self._ownership.waiting or self._drain.busy or waits:
             return False
         claimed = set(self._ownership.claims)
-        return bool(claimed) and claimed <= self._consumer.ended.keys() | set(self._blocked)
+        return bool(claimed) and self._consumer.read_to_the_end(claimed - set(self._blocked), self._log_end)
+
+    def _log_end(self, partition: int) -> int:
+        return self._admin.watermarks(self._handler.topic.name, partition)[1]
 
     def close(self) -> None:
         """Release the partitions, commit the group's offsets, leave the group."""

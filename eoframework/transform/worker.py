@@ -124,7 +124,9 @@ class TransformWorker:
         """Every partition assigned to us has been read to its end, and waits for nothing."""
         if self._consumer is None or self._waiting or self._retry_at:
             return False
-        return bool(self._stands) and self._stands.keys() <= self._consumer.ended.keys() | self._blocked.keys()
+        topic, running = self._transform.topic.name, self._stands.keys() - self._blocked.keys()
+        ended = self._consumer.read_to_the_end
+        return bool(self._stands) and ended(running, lambda p: self._admin.watermarks(topic, p)[1])
 
     def close(self) -> None:
         """Leave the group and end the producer; nothing is in flight."""
