@@ -128,10 +128,7 @@ class ConsumeWorker:
         if self._consumer is None or self._ownership.waiting or self._drain.busy or waits:
             return False
         claimed = set(self._ownership.claims)
-        return bool(claimed) and self._consumer.read_to_the_end(claimed - set(self._blocked), self._log_end)
-
-    def _log_end(self, partition: int) -> int:
-        return self._admin.watermarks(self._handler.topic.name, partition)[1]
+        return bool(claimed) and self._consumer.read_to_the_end(claimed - set(self._blocked), self._admin.watermarks)
 
     def close(self) -> None:
         """Release the partitions, commit the group's offsets, leave the group."""

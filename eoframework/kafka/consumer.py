@@ -231,14 +231,14 @@ class GroupConsumer:
         """The partitions the group says are ours; PostgreSQL may know better."""
         return {found.partition for found in self._consumer.assignment()}
 
-    def read_to_the_end(self, partitions: Iterable[int], log_end: Callable[[int], int]) -> bool:
+    def read_to_the_end(self, partitions: Iterable[int], watermarks: Callable[[str, int], tuple[int, int]]) -> bool:
         """Whether all there is of these has been handed out (with `enable.partition.eof`).
 
         For the client a partition ends where the oldest open transaction begins. What a predecessor committed a moment
         ago may lie behind that: its markers are written after its commit is confirmed. So the log's own end counts.
         """
         try:
-            return all(p in self.ended and self.ended[p] >= log_end(p) for p in partitions)
+            return all(p in self.ended and self.ended[p] >= watermarks(self._topic, p)[1] for p in partitions)
         except Retryable as trouble:
             log.info("%s: %s Whether all of it was read is asked again", self._topic, trouble)
             return False

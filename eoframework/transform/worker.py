@@ -124,9 +124,8 @@ class TransformWorker:
         """Every partition assigned to us has been read to its end, and waits for nothing."""
         if self._consumer is None or self._waiting or self._retry_at:
             return False
-        topic, running = self._transform.topic.name, self._stands.keys() - self._blocked.keys()
-        ended = self._consumer.read_to_the_end
-        return bool(self._stands) and ended(running, lambda p: self._admin.watermarks(topic, p)[1])
+        running = self._stands.keys() - self._blocked.keys()
+        return bool(self._stands) and self._consumer.read_to_the_end(running, self._admin.watermarks)
 
     def close(self) -> None:
         """Leave the group and end the producer; nothing is in flight."""
