@@ -270,8 +270,12 @@ class KafkaTransaction:
 
     def _abort(self) -> None:
         self._held.clear()
-        if self._begun is not None:
-            self._turn.client.abort()
+        if self._begun is None:
+            return
+        self._turn.client.abort()
+        if self._turn.client.found_fenced:
+            # Unheard, the next transaction's new client would fence the rightful successor.
+            self._turn.fenced(Fenced("aborting"), open_for=self._open_for())
 
     def _guarded(self, step: Callable[[], None]) -> None:
         """Do what, if it fails, surely leaves nothing: no commit was sent."""

@@ -15,9 +15,9 @@ from typing import Any
 from confluent_kafka import KafkaError, KafkaException, TopicPartition
 
 from eoframework import clock, events
-from eoframework.errors import ConfigurationError, EoError, RestartNeeded, Retryable
+from eoframework.errors import ConfigurationError, EoError, Fenced, RestartNeeded, Retryable
 from eoframework.kafka.bounded import NoReturn, bounded
-from eoframework.kafka.faults import kafka_error
+from eoframework.kafka.faults import classify, kafka_error
 from eoframework.kafka.membership import Membership
 from eoframework.kafka.producer import BatchProducer, Outgoing, lower_batch_size
 
@@ -67,6 +67,8 @@ class TransactionalProducer:
         self._quarantine_after = _QUARANTINE_SHARE * float(config["retry.backoff.ms"]) / 1000
         self._producer: BatchProducer | None = None
         self._doubt = self._late = ""
+        self.found_fenced = False
+        """Whether an abort found that another producer had ended the transaction, or Kafka for its length."""
         self.replaced = 0
         """How many producers were thrown away for doubt."""
 
@@ -157,6 +159,7 @@ class TransactionalProducer:
         except KafkaException as error:
             self._leave_alone(self._producer, error)
             _log.debug("%s: abort: %s; the next producer ends the transaction.", self._name, error)
+            self.found_fenced = self.found_fenced or isinstance(classify(error, "aborting"), Fenced)
 
     def doubt(self, why: str) -> None:
         """Replace the producer at the next `make_ready`."""

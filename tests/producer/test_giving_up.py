@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterable
 from contextlib import suppress
 from secrets import token_hex
@@ -13,7 +14,7 @@ from secrets import token_hex
 import pytest
 
 from eoframework import EncodeError, OutcomeUnknown, Producer, Retryable, Sent
-from eoframework.errors import Permanent
+from eoframework.errors import Fenced, Permanent
 from eoframework.kafka.destinations import Destination
 from eoframework.kafka.producer import Outgoing
 from eoframework.kafka.transaction import TransactionalProducer
@@ -170,6 +171,31 @@ def test_a_fork_inside_the_block_sends_nothing_twice(kafka: Settings, orders: Or
     assert "belongs to process" in done.stdout
     assert "True" not in done.stdout
     assert numbers(kafka, orders) == [1]
+
+
+def test_fenced_while_its_block_fails(make_producer: MakeProducer, orders: OrderTopic, kafka: Settings) -> None:
+    """The newest of a name goes on, also if the older one hears of it only at its abort.
+
+    Seen to fail (the older one fenced the newer) without `found_fenced`.
+    """
+    name = uuid.uuid4().hex
+    older, newer = make_producer(name=name), make_producer(name=name)
+
+    def fails() -> None:
+        with older.transaction() as t:
+            for number in range(1500):
+                t.send(orders, Order(number=number))
+            with newer.transaction() as other:
+                other.send(orders, Order(number=5000))
+            raise Alarm
+
+    with pytest.raises(Alarm):
+        fails()
+    with pytest.raises(Fenced, match="another Producer of this name"):
+        fails()
+    with newer.transaction() as t:
+        t.send(orders, Order(number=5001))
+    assert numbers(kafka, orders) == [5000, 5001]
 
 
 # --- failures ---------------------------------------------------------------------------------------------------------
