@@ -25,7 +25,7 @@ from tests.consume.harness import scalar
 from tests.consume.nursery import Forked, Nursery
 from tests.outages import conftest as outages
 from tests.processes import eventually, read_topic
-from tests.transform.scene import KEYS, Scene
+from tests.transform.scene import KEYS, Scene, admin_client
 
 # Below the group's session timeout of the tests' brokers (3 s), as the ladder of a transform's timeouts wants it.
 SHORT_TIMEOUTS = {"EO_TRANSFORM_TRANSACTION_TIMEOUT": "2.5", "EO_TRANSFORM_MESSAGE_TIMEOUT": "2"}
@@ -89,13 +89,21 @@ class Flow(ABC):
         """Exactly once, in order, nothing left open."""
 
 
+class MovingScene(Scene):
+    """Its partitions have new leaders: a client that has asked before is refused with what it remembers of them."""
+
+    def ends(self, topic: str, *, stable: bool) -> dict[int, int]:
+        admin_client.cache_clear()
+        return super().ends(topic, stable=stable)
+
+
 class Chain(Flow):
     """A -> B -> C: three parts of most items, two crumbs of each part; two processes."""
 
     name = "transform"
 
     def __init__(self, brokers: Brokers, settings: Settings, nursery: Nursery, directory: Path, *, rate: float) -> None:
-        self.scene = scene = Scene(settings, nursery, directory)
+        self.scene = scene = MovingScene(settings, nursery, directory)
         self.load = Load(scene.servers, scene.a, self._item, rate=rate)
         partitions = scene.partitions[scene.c]
         self.watcher = Watcher(scene.servers, scene.c, partitions, item_of=_number, outputs=_crumbs)
