@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 
-from eoframework.errors import RestartNeeded, Retryable
+from eoframework.errors import ConfigurationError, Retryable
 
 _MAGIC = b"CGMDv2:"
 _HEAD = struct.Struct("<i")
@@ -32,9 +32,9 @@ class Membership:
 
     @classmethod
     def read(cls, raw: object) -> Membership:
-        """Raises NotAMember; RestartNeeded for a client that writes it in a form not known here."""
+        """Raises NotAMember; ConfigurationError for a client that writes it in a form not known here."""
         if not isinstance(raw, bytes) or not raw.startswith(_MAGIC):
-            raise RestartNeeded(
+            raise ConfigurationError(
                 f"this release of confluent-kafka hands out group metadata in an unknown form ({raw!r:.40}).",
                 remedy="Install the release named in pyproject.toml.",
             )
