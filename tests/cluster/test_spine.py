@@ -26,8 +26,8 @@ def test_rolling_restart(brokers: Brokers, database_url: str, tmp_path: Path) ->
 
 
 def test_frozen(brokers: Brokers, database_url: str, tmp_path: Path) -> None:
-    """In the campaign seen to fail without `socket.timeout.ms` and `_DESTROY_BROKER` (kafka/config.py, faults.py): after
-    a freeze of 3 s nothing moved for a minute, after one of 13 s the worker ended over a message that was good.
+    """In the campaign seen to fail without `socket.timeout.ms` and `_DESTROY_BROKER` (kafka/config.py, faults.py):
+    after a freeze of 3 s nothing moved for a minute, after one of 13 s the worker ended over a message that was good.
     """
     with running(Spine, brokers, database_url, tmp_path, rate=RATE) as flow:
         through(brokers, flow, frozen(flow.roles["coordinator of transactions"](), seconds=LONG))

@@ -18,7 +18,7 @@ LONG = 3.5
 def test_the_broker_in_charge_killed(brokers: Brokers, database_url: str, tmp_path: Path) -> None:
     """Of the target, of the transactions, of the group, of the other brokers: often the same one, but not always.
 
-    In the campaign seen to fail, in one of 40 faults, with transactional calls on the worker's own thread
+    In the campaign seen to fail, in two of 40 faults, with transactional calls on the worker's own thread
     (kafka/bounded.py): `send_offsets_to_transaction` never came back.
     """
     with running(Chain, brokers, database_url, tmp_path, rate=RATE, **SHORT_TIMEOUTS) as flow:
