@@ -108,10 +108,21 @@ class BatchProducer:
 
     def _refused(self, error: Exception, topic: str) -> EoError:
         if isinstance(error, KafkaException):
-            self.broken = self.broken or kafka_error(error).fatal()
-            return _fault(kafka_error(error), topic)
+            fault = self._reason(kafka_error(error))
+            self.broken = self.broken or fault.fatal()
+            return _fault(fault, topic)
         what = f"the Kafka client cannot send this record to {topic}: {error}."
         return Rejected(what, topic=topic, topic_trouble=False, kind=type(error).__name__)
+
+    def _reason(self, fault: KafkaError) -> KafkaError:
+        """Why the client is broken for good: `produce` only says that it is, the next poll raises the reason."""
+        if fault.code() != KafkaError._FATAL:
+            return fault
+        try:
+            self.client.poll(0)
+        except KafkaException as told:
+            return kafka_error(told)
+        return fault
 
     def flush(self) -> None:
         """Wait until Kafka has confirmed every record queued.
