@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-containers lint format venv clean
+.PHONY: help demo test test-containers test-cluster lint format venv clean
 
 help: ## Show what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ test-containers: $(READY) ## docker-compose.yml, Dockerfile and testcontainers o
 	@$(BIN)/python -m tests.containers.build_images $(if $(INSTALL),--install)
 	@echo "== containers"
 	@$(BIN)/python -m pytest tests/containers --durations=15
+
+test-cluster: $(READY) ## Transforms, workers and relay on three brokers that die, freeze and move: minutes, on a quiet machine
+	@$(BIN)/python -m pytest tests/cluster --durations=15
 
 lint: $(READY) ## Style, types and import rules
 	@echo "== ruff"

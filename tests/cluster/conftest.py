@@ -1,9 +1,14 @@
-"""One cluster of three brokers, with a database server, for all tests of this directory; each leaves it whole."""
+"""One cluster of three brokers, with a database server, for all tests of this directory; each leaves it whole.
+
+What brokers do to applications under load takes minutes, and a machine that is not busy with other tests: those files are
+collected only when they, or this directory, are asked for by name (`make test-cluster`).
+"""
 
 from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +17,18 @@ from eoframework.settings import Settings
 from tests.cluster.brokers import Brokers, three_brokers
 from tests.cluster.places import migrated_database
 from tests.conftest import make_settings
+
+
+HERE = Path(__file__).parent
+LONG = ("test_transforms.py", "test_spine.py")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """`pytest tests` leaves the long ones out."""
+    if collection_path.parent != HERE or collection_path.name not in LONG:
+        return None
+    asked_for = any((config.invocation_params.dir / arg.split("::")[0]).is_relative_to(HERE) for arg in config.args)
+    return None if asked_for else True
 
 
 @pytest.fixture(scope="package")
