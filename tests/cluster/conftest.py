@@ -1,7 +1,7 @@
 """One cluster of three brokers, with a database server, for all tests of this directory; each leaves it whole.
 
-What brokers do to applications under load takes minutes, and a machine that is not busy with other tests: those files are
-collected only when they, or this directory, are asked for by name (`make test-cluster`).
+What brokers do to applications under load takes minutes, and a machine that is not busy with other tests: those files
+are collected only when they, or this directory, are asked for by name (`make test-cluster`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from eoframework.settings import Settings
 from tests.cluster.brokers import Brokers, three_brokers
 from tests.cluster.places import migrated_database
 from tests.conftest import make_settings
-
 
 HERE = Path(__file__).parent
 LONG = ("test_transforms.py", "test_spine.py")
