@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from typing import Annotated
 
 import typer
 
-from eoframework import bootstrap, provision
+from eoframework import acls, bootstrap, provision
 from eoframework.cli import options
 from eoframework.db.shards import Shards
 from eoframework.kafka.admin import Admin
@@ -21,12 +22,18 @@ _SIGNS = {"create": "+", "set": "~", "by hand": "!"}
 @app.command()
 def plan(
     reference: options.Reference,
+    acls_too: Annotated[
+        bool, typer.Option("--acls", help="Instead: the rights on Kafka that each process needs; exits with 0.")
+    ] = False,
     as_json: options.Json = False,
     no_wait: options.NoWait = False,
     assignments: options.Set = None,
 ) -> None:
     """Show what `apply` would do, and change nothing; exit with 4 if there is anything."""
     options.start(assignments)
+    if acls_too:
+        _show_acls(reference, wait=not no_wait, as_json=as_json)
+        return
     _, found = _compare(reference, wait=not no_wait)
     _show(found, as_json=as_json, nothing="all topics are as they should be")
     raise typer.Exit(options.FINDINGS if found else 0)
@@ -45,6 +52,20 @@ def apply(
     provision.apply(found, admin)
     _show(found, as_json=as_json, nothing="nothing to do")
     raise typer.Exit(options.FINDINGS if any(difference.action == "by hand" for difference in found) else 0)
+
+
+def _show_acls(reference: str, *, wait: bool, as_json: bool) -> None:
+    loaded = bootstrap.load_app(reference)
+    database = bootstrap.open_database(loaded, stop=threading.Event(), wait=wait, purpose=None)
+    assert database is not None, "nobody sets this event"
+    outbox_id, _ = Shards(database, loaded.settings).outbox()
+    found = acls.acls(loaded, outbox_id=outbox_id)
+    commands = [
+        f"{acl.command(acls.principal(loaded, acl.process))}{'  # optional' if acl.optional else ''}" for acl in found
+    ]
+    text = f"{acls.table(found)}\n\n" + "\n".join(commands)
+    document = [acl.document() | {"command": command} for acl, command in zip(found, commands, strict=True)]
+    options.show({"acls": document}, text, as_json=as_json)
 
 
 def _compare(reference: str, *, wait: bool) -> tuple[Admin, list[Difference]]:

@@ -41,7 +41,9 @@ _T = TypeVar("_T")
 _TIMEOUT = 15.0
 _PROBE_TIMEOUT = 3.0
 _GRACE = 1.0
-_OFFSETS_TIMEOUT = 5.0
+# A refused group is told only after this. Transforms ask inside a transaction that PostgreSQL ends after 4 s of silence
+# (db/session.py): beyond that they would be told of that for ever, and never of the missing right.
+_OFFSETS_TIMEOUT = 3.0
 _SLICE = 0.1
 
 _UNKNOWN = frozenset({KafkaError._UNKNOWN_TOPIC, KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_PARTITION})

@@ -22,6 +22,9 @@ from eoframework.settings import Settings
 _log = logging.getLogger(__name__)
 
 _TIMEOUT = 15.0
+# The client looks for the coordinator of the group it has to be given, although it joins none: sometimes before it is
+# closed, so that a relay without a right on that group started or did not.
+_NO_TROUBLE = frozenset({KafkaError._PARTITION_EOF, KafkaError.GROUP_AUTHORIZATION_FAILED})
 _FIRST_LOOK = 16
 _SLICE = 0.01
 _WIDEN = 8
@@ -111,7 +114,7 @@ class CheckpointLog:
                 error = message.error()
                 if error is None:
                     last = message.value() or b""
-                elif error.code() != KafkaError._PARTITION_EOF:
+                elif error.code() not in _NO_TROUBLE:
                     raise classify(error, f"reading {self.topic}[{shard}]")
             # Markers and aborted records move the position without handing anything over. An end before `end` is a
             # replica that lags: the checkpoint it does not have yet would be taken for one that was never written.

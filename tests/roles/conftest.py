@@ -88,7 +88,7 @@ def url(bare_url: str, roles: Roles, services: Addresses, nursery: Nursery, tmp_
 
 
 @pytest.fixture
-def database(url: str) -> Iterator[Database]:
+def granted(url: str) -> Iterator[Database]:
     """As superuser."""
     opened = open_database(url, Schema())
     yield opened

@@ -42,10 +42,10 @@ def denied(connection: Connection, statement: str) -> bool:
     return False
 
 
-def test_every_statement_of_the_product_is_allowed(database: Database, roles: conftest.Roles) -> None:
+def test_every_statement_of_the_product_is_allowed(granted: Database, roles: conftest.Roles) -> None:
     """Seen to fail with any right of the app or the relay left out of db/grants.py; the next test does just that."""
     refused, asked = [], 0
-    with database.engine.begin() as connection:
+    with granted.engine.begin() as connection:
         for purpose, module, statement in all_statements():
             connection.exec_driver_sql(f"SET LOCAL ROLE {getattr(roles, purpose)}")
             refused += [(purpose, module, statement)] * denied(connection, statement)
@@ -55,7 +55,7 @@ def test_every_statement_of_the_product_is_allowed(database: Database, roles: co
 
 
 @pytest.mark.parametrize("purpose", ["app", "relay"])
-def test_no_right_is_superfluous(database: Database, roles: conftest.Roles, purpose: Purpose) -> None:
+def test_no_right_is_superfluous(granted: Database, roles: conftest.Roles, purpose: Purpose) -> None:
     """Each right taken away makes some statement fail: what nobody needs, nobody has."""
     role, spare = getattr(roles, purpose), []
     statements = [statement for whose, _, statement in all_statements() if whose == purpose]
@@ -63,7 +63,7 @@ def test_no_right_is_superfluous(database: Database, roles: conftest.Roles, purp
         if right.table == "alembic_version":
             continue  # read through alembic; test_without_any_right has it
         columns = f"({', '.join(right.columns)})" if right.columns else ""
-        with database.engine.connect() as connection, connection.begin() as transaction:
+        with granted.engine.connect() as connection, connection.begin() as transaction:
             connection.exec_driver_sql(f'REVOKE {right.privilege} {columns} ON eo."{right.table}" FROM {role}')
             connection.exec_driver_sql(f"SET LOCAL ROLE {role}")
             if not any(denied(connection, statement) for statement in statements if right.table in statement):
@@ -72,26 +72,26 @@ def test_no_right_is_superfluous(database: Database, roles: conftest.Roles, purp
     assert spare == []
 
 
-def test_a_missing_right_is_named(database: Database, url: str, roles: conftest.Roles) -> None:
+def test_a_missing_right_is_named(granted: Database, url: str, roles: conftest.Roles) -> None:
     """`eo db check` and the start of `eo run` say the same as the grants."""
     for purpose in grants.PURPOSES:
         role = getattr(roles, purpose)
         theirs = open_database(roles.url(url, purpose), Schema())
         readiness.check_rights(theirs, purpose)
         lacking = grants.rights(purpose)[-1]
-        with database.begin("test") as connection:
+        with granted.begin("test") as connection:
             connection.execute(text(f"REVOKE {lacking.privilege} ON eo.{lacking.table} FROM {role}"))
         with pytest.raises(ConfigurationError) as raised:
             readiness.check_rights(theirs, purpose)
         assert str(lacking) in raised.value.what
         assert f"eo db grants --{purpose} {role} --apply" in raised.value.remedy
-        grants.apply(database, Roles(**{purpose: role}))
+        grants.apply(granted, Roles(**{purpose: role}))
         readiness.check_rights(theirs, purpose)
         theirs.engine.dispose()
 
 
-def test_without_any_right(superuser: Shell, roles: conftest.Roles, url: str, database: Database) -> None:
-    with database.begin("test") as connection:
+def test_without_any_right(superuser: Shell, roles: conftest.Roles, url: str, granted: Database) -> None:
+    with granted.begin("test") as connection:
         connection.execute(text(f"REVOKE USAGE ON SCHEMA eo FROM {roles.app}"))
     said = logged_in(superuser, roles, "app").run("db", "check", code=3).stderr
     assert f"eo db grants --app {roles.app} --apply" in said
@@ -162,10 +162,10 @@ def test_an_observer_with_payloads_reads_everything(superuser: Shell, url: str, 
         connection.exec_driver_sql("SELECT payload FROM eo.dead_letter")
 
 
-def test_every_column_was_decided_on(database: Database) -> None:
+def test_every_column_was_decided_on(granted: Database) -> None:
     """A version that adds a table or a column must say who sees it."""
     hidden = {"payload", "value", "headers", "error", "traceback", "unreadable", "result", "detail"}
-    with database.engine.connect() as connection:
+    with granted.engine.connect() as connection:
         found = connection.execute(
             text("SELECT table_name, column_name FROM information_schema.columns WHERE table_schema = 'eo'")
         )
@@ -209,13 +209,13 @@ def rights_of(connection: Connection, role: str) -> set[tuple[str, str]]:
 
 
 class TestRefusals:
-    def test_a_role_that_does_not_exist(self, database: Database) -> None:
+    def test_a_role_that_does_not_exist(self, granted: Database) -> None:
         with pytest.raises(NotFound, match=r"no role 'no\"body'.*CREATE ROLE \"no\"\"body\""):
-            grants.apply(database, Roles(app='no"body'))
+            grants.apply(granted, Roles(app='no"body'))
 
-    def test_a_role_that_could_alter_the_tables(self, database: Database, roles: conftest.Roles) -> None:
+    def test_a_role_that_could_alter_the_tables(self, granted: Database, roles: conftest.Roles) -> None:
         with pytest.raises(ConfigurationError, match="could alter them"):
-            grants.apply(database, Roles(app=roles.owner))
+            grants.apply(granted, Roles(app=roles.owner))
         with pytest.raises(ConfigurationError, match="owner and something else"):
             Roles(owner=roles.owner, app=roles.owner)
 
