@@ -71,7 +71,9 @@ class Load:
                 self._producer.poll(min(early, 0.05))
                 continue
             key, value = self._make(self.sent)
-            self._producer.produce(self._topic, value, key)
+            # By the id a handler recognises an item that its producer repeats; a transform does not look at it.
+            headers = [("message-id", str(self.sent).encode())]
+            self._producer.produce(self._topic, value, key, headers=headers)
             self.due_at.append(due)
         self._unsent = self._producer.flush(_FLUSH_SECONDS)
 
@@ -96,6 +98,8 @@ class Watcher:
         self.whole_at: dict[int, float] = {}
         self.arrivals: list[float] = []
         self.failures: list[str] = []
+        self.too_many: dict[int, list[tuple[int, int]]] = {}
+        """Items with more outputs than they have: who sent them, the flow or the load twice, is to be found out."""
         self._outputs = outputs
         self._item_of = item_of
         self._came: dict[int, set[tuple[int, int]]] = {}
@@ -155,4 +159,4 @@ class Watcher:
         if len(came) == self._outputs(item):
             self.whole_at[item] = now
         elif len(came) > self._outputs(item):
-            self.failures.append(f"item {item} has {self._outputs(item)} outputs, but came at {sorted(came)}")
+            self.too_many[item] = sorted(came)
