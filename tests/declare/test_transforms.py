@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Optional, TypeVar, cast
 import pytest
 
 from eoframework import App, DeclarationError, HandlerMisuse, Message, Out, Retry, Topic, Tx
+from eoframework.errors import FailClosed
 from eoframework.retry import Breaker
 from eoframework.transforms import Transform
 from tests.declare.payloads import AnyOrder, Cancelled, Note, Order, Placed, Refund, record
@@ -393,7 +394,7 @@ def test_a_batch_needs_one_entry_for_each_message() -> None:
         def batch(batch: list[Order]) -> Any:
             return returned  # noqa: B023 - called in this round
 
-        with pytest.raises(HandlerMisuse, match=r"for 2 messages.*one entry for each"):
+        with pytest.raises(FailClosed, match=r"for 2 messages.*one entry for each"):
             called_with_two(declared(batch))
 
 

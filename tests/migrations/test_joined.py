@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import logging
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +17,20 @@ from eoframework.db import grants, migrating, readiness
 from eoframework.db.session import Database
 from eoframework.errors import ConfigurationError, SchemaOutOfDate
 from eoframework.schema import Schema
+
+
+@pytest.fixture(autouse=True)
+def loggers_as_they_were() -> Iterator[None]:
+    """The env.py that alembic makes configures logging, and switches every logger off that is there already."""
+    root, known = logging.getLogger(), logging.Logger.manager.loggerDict
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    for logger in known.values():
+        if isinstance(logger, logging.Logger):
+            logger.disabled = False
+
 
 METADATA = """import sqlalchemy as sa
 from eoframework.alembic_env import include_object
