@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -101,6 +102,7 @@ def test_broker_frozen_for_longer_than_a_message_may_take(
     producer = make_producer(settings.model_copy(update={"transaction_timeout": 2.0}))
     before = [producer.send(orders, Order(number=number)) for number in range(3)]
     own.services.kafka.pause()
+    eventually(lambda: stands_still(own), "the broker stands still")
     futures = [producer.send_soon(orders, Order(number=number)) for number in range(3, 30)]
     try:
         results = [outcome(future) for future in futures]
@@ -379,3 +381,11 @@ def test_late_commits_without_the_rule(
     results = batches(make_producer(settings), orders, 12)
     assert own.wire.delivered >= 3
     assert torn(settings, orders, results) != []
+
+
+def stands_still(own: Own) -> bool:
+    """Every thread of the broker is stopped: a signal takes a moment, in which it answers on."""
+    broker = own.services.kafka.identity
+    assert broker is not None
+    states = [task.joinpath("stat").read_text() for task in Path(f"/proc/{broker.pid}/task").iterdir()]
+    return all(state.rpartition(")")[2].split()[0] == "T" for state in states)
