@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
+from typing import Protocol
 from uuid import UUID
 
 from eoframework.errors import ConfigurationError, FailClosed
@@ -25,6 +26,33 @@ def refuse_renamed(
         remedy=f"If it is the same handler, say name={old!r}. If it is a new one, retire the old: "
         f"eo position forget {undeclared[0]}",
     )
+
+
+class Stored(Protocol):
+    """A stored offset's topic and cluster."""
+
+    @property
+    def topic_id(self) -> UUID: ...
+    @property
+    def cluster_id(self) -> str: ...
+
+
+class Stream(Stored, Protocol):
+    """A consumer's topic and cluster, as they are now."""
+
+    @property
+    def consumer(self) -> str: ...
+    @property
+    def topic(self) -> str: ...
+
+
+def refuse_moved(stream: Stream, known: Iterable[Stored]) -> None:
+    """Stop if what is stored belongs to another cluster, or to an earlier topic of the same name."""
+    for row in known:
+        if row.cluster_id != stream.cluster_id:
+            raise other_cluster(stream.consumer, stream.topic, stored=row.cluster_id, now=stream.cluster_id)
+        if row.topic_id != stream.topic_id:
+            raise topic_recreated(stream.consumer, stream.topic, row.topic_id, stream.topic_id)
 
 
 def other_cluster(consumer: str, topic: str, *, stored: str, now: str) -> FailClosed:

@@ -18,7 +18,6 @@ from eoframework.app import App
 from eoframework.consume.assembly import make_unit
 from eoframework.consume.batch import Delivery
 from eoframework.consume.rerun import Rerun, Tally
-from eoframework.consume.start import refuse_moved
 from eoframework.consume.unit import Unit
 from eoframework.db import audit
 from eoframework.db.parking import Parking
@@ -27,7 +26,7 @@ from eoframework.db.reprocessing import Reprocessing, Stand
 from eoframework.db.unit_of_work import Timeouts, WorkerConnection
 from eoframework.errors import EoError, FailClosed, NotFound
 from eoframework.handlers import Handler
-from eoframework.identity import topic_recreated
+from eoframework.identity import refuse_moved, topic_recreated
 from eoframework.kafka.admin import Admin
 from eoframework.kafka.ranges import RangeReader
 from eoframework.message import Record

@@ -16,9 +16,8 @@ from eoframework.consume.start import GroupOffsets, refuse_moved_offset, set_bac
 from eoframework.db.position import Claim, Positions, Stream
 from eoframework.db.unit_of_work import WorkerConnection
 from eoframework.errors import Conflict, Retryable
-from eoframework.identity import deleted_topic, topic_recreated
-from eoframework.kafka.admin import UnknownTopic
 from eoframework.kafka.offsets import epoch_of_mark, offset_out_of_range
+from eoframework.kafka.same_topic import ask_same_topic
 
 log = logging.getLogger(__name__)
 
@@ -276,16 +275,8 @@ class Ownership:
 
     def ask_topic(self) -> Callable[[], None]:
         """Ask now whether the topic is the one it was; calling what is returned takes the answer, or stops."""
-        answer = self._cluster.ask_topic_id(self._stream.topic)
-        return lambda: self._same_topic(answer)
-
-    def _same_topic(self, answer: Callable[[], UUID]) -> None:
-        try:
-            found = answer()
-        except UnknownTopic as error:
-            raise deleted_topic(self._stream.consumer, self._stream.topic) from error
-        if found != self._stream.topic_id:
-            raise topic_recreated(self._stream.consumer, self._stream.topic, self._stream.topic_id, found)
+        stream = self._stream
+        return ask_same_topic(self._cluster, consumer=stream.consumer, topic=stream.topic, topic_id=stream.topic_id)
 
 
 def _is_foreign(partition: int, offsets: GroupOffsets) -> bool:

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Protocol
 from uuid import UUID
 
-from eoframework.db.position import Claim, PositionRow, Positions, Stream
+from eoframework.db.position import Claim, Positions, Stream
 from eoframework.db.session import Connection
 from eoframework.errors import FailClosed
 from eoframework.handlers import Handler
-from eoframework.identity import other_cluster, refuse_renamed, topic_recreated
+from eoframework.identity import refuse_moved, refuse_renamed
 
 log = logging.getLogger(__name__)
 
@@ -94,15 +94,6 @@ class Start:
             return around.group_offsets[partition][0]
         low, high = self._topology.watermarks(self._handler.topic.name, partition)
         return high if self._handler.start == "latest" else low
-
-
-def refuse_moved(stream: Stream, known: Collection[PositionRow]) -> None:
-    """Stop if the stored positions belong to another cluster, or to an earlier topic of the same name."""
-    for row in known:
-        if row.cluster_id != stream.cluster_id:
-            raise other_cluster(stream.consumer, stream.topic, stored=row.cluster_id, now=stream.cluster_id)
-        if row.topic_id != stream.topic_id:
-            raise topic_recreated(stream.consumer, stream.topic, row.topic_id, stream.topic_id)
 
 
 def refuse_moved_offset(stream: Stream, claim: Claim, offset: int, committed_under: int | None) -> None:

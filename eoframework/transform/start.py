@@ -15,8 +15,9 @@ from eoframework.db.position import Positions, Stream
 from eoframework.db.session import Connection, Database
 from eoframework.db.transform_starts import PlannedStart, TransformStarts
 from eoframework.errors import FailClosed
-from eoframework.identity import deleted_topic, other_cluster, refuse_renamed, topic_recreated
-from eoframework.kafka.admin import TopicInfo, UnknownTopic
+from eoframework.identity import refuse_moved, refuse_renamed
+from eoframework.kafka.admin import TopicInfo
+from eoframework.kafka.same_topic import ask_same_topic
 from eoframework.transforms import Transform
 
 log = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ class Beginning:
             number = self._positions.register(connection, name=group, topic=topic)
             stream = Stream(number, group, topic, info.id, cluster_id)
             known = self._starts.known(connection, consumer_id=number, topic=topic)
-            self._refuse_moved(stream, known)
+            refuse_moved(stream, known)
             self._begun = {row.partition for row in known if row.begun}
             if not known:
                 self._refuse_handler(connection, stream)
@@ -89,17 +90,7 @@ class Beginning:
 
     def ask_topic(self, stream: Stream) -> Callable[[], None]:
         """Ask now whether the topic is the one it was; calling what is returned takes the answer, or stops."""
-        answer = self._cluster.ask_topic_id(stream.topic)
-
-        def same() -> None:
-            try:
-                found = answer()
-            except UnknownTopic as error:
-                raise deleted_topic(stream.consumer, stream.topic) from error
-            if found != stream.topic_id:
-                raise topic_recreated(stream.consumer, stream.topic, stream.topic_id, found)
-
-        return same
+        return ask_same_topic(self._cluster, consumer=stream.consumer, topic=stream.topic, topic_id=stream.topic_id)
 
     def _known(self, connection: Connection, stream: Stream) -> dict[int, PlannedStart]:
         rows = self._starts.known(connection, consumer_id=stream.consumer_id, topic=stream.topic)
@@ -133,13 +124,6 @@ class Beginning:
                 remedy=f"Give the transform another name=. To make it of the same group: eo position forget "
                 f"{stream.consumer} --kind handler, then eo position set where it is to begin.",
             )
-
-    def _refuse_moved(self, stream: Stream, known: Collection[PlannedStart]) -> None:
-        for row in known:
-            if row.cluster_id != stream.cluster_id:
-                raise other_cluster(stream.consumer, stream.topic, stored=row.cluster_id, now=stream.cluster_id)
-            if row.topic_id != stream.topic_id:
-                raise topic_recreated(stream.consumer, stream.topic, row.topic_id, stream.topic_id)
 
     def _lost(self, stream: Stream, partitions: list[int]) -> FailClosed:
         return FailClosed(

@@ -9,7 +9,6 @@ A transform has no effects but what it sends, so a message that fails needs no r
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -36,8 +35,6 @@ from eoframework.transform.failure import Failures, Held, after
 from eoframework.transform.mark import Mark, Stand
 from eoframework.transform.outputs import Outputs
 from eoframework.transforms import Transform
-
-log = logging.getLogger(__name__)
 
 # So many messages are transformed before their outputs are sent, and the next ones while Kafka takes those.
 _CHUNK = 500

@@ -183,7 +183,7 @@ def test_position_above_the_end_of_the_log(place: Place, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_topic_recreated_while_stopped(place: Place, protocol: str, tmp_path: Path) -> None:
-    """Seen to fail with the topic id check taken out of refuse_moved in consume/start.py: begins anew, untold."""
+    """Seen to fail with the topic id check taken out of refuse_moved in identity.py: begins anew, untold."""
     place.process(0, 1, 2)
     place.recreate_topic()
     place.send(*range(10, 15))
@@ -229,7 +229,7 @@ def test_topic_recreated_and_found_empty(place: Place, caplog: pytest.LogCapture
 
 
 def test_topic_deleted_while_running(place: Place, caplog: pytest.LogCaptureFixture) -> None:
-    """Seen to fail with `deleted_topic` taken out of Ownership.check_topic: exit 3, as for a topic never made."""
+    """Seen to fail with `deleted_topic` taken out of what ask_same_topic: exit 3, as for a topic never made."""
     with running(place.app()) as run:
         place.send(0, 1, 2)
         eventually(lambda: len(place.booked()) == 3, "the first three")
