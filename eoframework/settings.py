@@ -33,6 +33,9 @@ _DATABASE_URL = re.compile(r"(postgres|postgresql)(\+psycopg|\+psycopg_async)?(:
 _PASSWORD = re.compile(r"://[^/?#@]*?:(?P<password>[^/?#]*)@")
 _PASSWORD_PARAMETER = re.compile(r"[?&](?:password|sslpassword)=([^&]*)")
 
+CRASH_POINTS = ("EO_CRASH_AT", "EO_FREEZE_AT", "EO_FREEZE_MARK", "EO_CRASH_IN")
+"""Where a process kills or stops itself: only for crashtest/armed.py."""
+
 _command_line: dict[str, Any] = {}
 
 Seconds = Annotated[float, Field(gt=0)]
@@ -254,6 +257,24 @@ def use_command_line(values: Mapping[str, Any]) -> None:
 def environment(**changes: str) -> dict[str, str]:
     """This process's environment with `changes`, for a child process."""
     return {**os.environ, **changes}
+
+
+def take_crash_points() -> dict[str, str]:
+    """The variables that say where this process is to kill itself, which are gone then: its children run as ever."""
+    return {name: os.environ.pop(name) for name in CRASH_POINTS if name in os.environ}
+
+
+def refuse_crash_points() -> None:
+    """Raises ConfigurationError where one of those variables is set: what was armed has taken them already.
+
+    Ignored, a worker meant to be killed would run on, and a crash test would count a crash that never was.
+    """
+    found = [name for name in CRASH_POINTS if os.environ.get(name)]
+    if found:
+        raise ConfigurationError(
+            f"{', '.join(found)} set: `eo` kills itself nowhere.",
+            remedy="Unset it; or, to test crashes on a throw-away database: python -m eoframework.crashtest.armed ...",
+        )
 
 
 def url_secrets(url: str) -> frozenset[str]:

@@ -10,7 +10,7 @@ import typer
 
 from eoframework import logs
 from eoframework.errors import ConfigurationError
-from eoframework.settings import Settings, use_command_line
+from eoframework.settings import Settings, refuse_crash_points, use_command_line
 
 FINDINGS = 4
 
@@ -27,6 +27,7 @@ WorkerIndex = Annotated[int | None, typer.Option("--worker-index", hidden=True)]
 
 def start(assignments: Sequence[str] | None) -> Settings:
     """What every command does first: settings from all sources, then logs that know what must not be shown."""
+    refuse_crash_points()
     use_command_line(_parse(assignments or ()))
     settings = Settings.load()
     logs.configure(settings)

@@ -1,0 +1,1 @@
+"""Crashes on purpose: where a process can be killed, and `eo` that kills itself there."""
