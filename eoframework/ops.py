@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from eoframework import clock, transform_positions
+from eoframework import clock, events, transform_positions
 from eoframework.app import App
 from eoframework.db.position_admin import PositionAdmin, PositionLine
 from eoframework.db.session import Database
@@ -111,6 +111,8 @@ def move_position(
         extra={"consumer": consumer, "partition": partition, "from_offset": line.next_offset, "to_offset": offset},
     )
     follows = admin.set_group_offset(consumer, line.topic, partition, offset, mark=offset_mark(epoch))
+    if follows:
+        events.emit("position.moved_in_kafka", consumer=consumer, partition=partition)
     return Moved(line, offset, epoch, follows)
 
 
@@ -149,6 +151,8 @@ def _forget_handler(
             f"{consumer} is running ({', '.join(owners) or 'its group has members'}).",
             remedy="Stop its workers first; after a kill, wait for the group's session timeout.",
         )
+    if group_too:
+        events.emit("position.forgotten_in_kafka", consumer=consumer)
     deleted = desk.forget(consumer) or 0
     _log.warning("%d positions of %s forgotten by hand at %s.", deleted, consumer, clock.now().isoformat())
     return deleted

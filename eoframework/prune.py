@@ -46,6 +46,7 @@ class PruneWorker:
             results = forget_external_calls(
                 self._database, older_than=settings.processed_retention, limit=settings.prune_batch
             )
+            events.emit("prune.results_forgotten", results=results)
         except Retryable as error:
             _log.info("%s The slice is left for the next time; old ids are only kept longer.", error)
             return settings.prune_interval

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from eoframework import events
 from eoframework.db.audit import whoever
 from eoframework.db.session import Database
 from eoframework.db.transform_desk import StartLine, TransformDesk
@@ -79,6 +80,7 @@ def move(
     def in_kafka() -> None:
         if not admin.set_group_offset(start.consumer, start.topic, start.partition, offset, mark=Mark().encode()):
             raise _running(start.consumer)
+        events.emit("position.moved_in_kafka", consumer=start.consumer, partition=start.partition)
 
     detail = {
         "topic": start.topic,
@@ -106,6 +108,7 @@ def forget(database: Database, admin: Admin, starts: Iterable[StartLine], consum
     def in_kafka() -> None:
         if not admin.delete_group(consumer):
             raise _running(consumer)
+        events.emit("position.forgotten_in_kafka", consumer=consumer)
 
     gone = TransformDesk(database).forget(consumer, actor=whoever(), in_kafka=in_kafka)
     _log.warning("%d offsets of %s forgotten by hand; it begins anew, and sends again what it sent.", gone, consumer)

@@ -167,6 +167,7 @@ class ExternalCalls:
                     self._rows.release(connection, call, fence, name)
                 else:
                     self._rows.leave(connection, call, fence, name)
+            events.emit("external.ended", call=call.name, fence=fence, error=error)
         except Retryable as trouble:
             # Only the class: its text may quote the payload.
             _log.warning("%s ended with %s; it counts as unresolved, and nothing is lost", what, name)

@@ -177,12 +177,14 @@ class Ownership:
         if left:
             with self._connection.begin("release partitions that went to others") as connection:
                 self._positions.release(connection, self._stream, left)
+            events.emit("consume.released", partitions=sorted(claim.partition for claim in left))
 
     def release(self) -> None:
         """Leave cleanly; best effort, a crash leaves the owner's name in the row and nothing else."""
         if self.claims:
             with self._connection.begin("release the partitions") as connection:
                 self._positions.release(connection, self._stream, self.claims.values())
+            events.emit("consume.released", partitions=sorted(self.claims))
             self.claims.clear()
 
     # --- claiming ---

@@ -120,7 +120,9 @@ class ConsumeWorker:
         start = Start(self._handler, positions, self._admin, adopt_offsets=self._adopt_offsets)
         declared = self._app.groups
         with self._connection.begin(f"{self._handler.group}: register") as connection:
-            return start.register(connection, around, app=self._app.name, declared=declared)
+            stream = start.register(connection, around, app=self._app.name, declared=declared)
+        events.emit("consume.registered", consumer=stream.consumer)
+        return stream
 
     def drained(self) -> bool:
         """Every partition assigned to us has been processed to its end."""
@@ -319,6 +321,7 @@ class ConsumeWorker:
         self._retry_at.pop(partition, None)
 
     def _revoked(self, partitions: list[int]) -> None:
+        events.emit("consume.revoked", partitions=sorted(partitions))
         self._ownership.revoked(partitions)
         for partition in partitions:
             self._forget_block(partition)

@@ -283,6 +283,8 @@ class DeadLetterDesk:
                 # What is published anew is not called for a second time.
                 self._calls.settle(connection, letter.consumer_id, letter.message_id)
             self._record(connection, letter, "dead.discard", actor, forgot_id=forget_id)
+            events.emit("dead.discarding", id=letter.id, consumer=letter.consumer)
+        events.emit("dead.discarded", id=letter.id, consumer=letter.consumer)
 
     def _take(self, connection: Connection, letter: DeadLetter) -> Any:
         found = self._run(connection, _TAKE, {"id": letter.id})

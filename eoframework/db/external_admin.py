@@ -12,6 +12,7 @@ from uuid import UUID
 
 from sqlalchemy import Connection
 
+from eoframework import events
 from eoframework.db import audit
 from eoframework.db.session import Database
 from eoframework.errors import ConfigurationError, FailClosed, NotFound
@@ -132,7 +133,9 @@ class ExternalDesk:
                 subject=f"external_call/{call_id}",
                 detail={**detail, **{name: json.loads(str(value)) for name, value in values.items()}},
             )
-            return line
+            events.emit("external.resolving", id=call_id)
+        events.emit("external.resolved", id=call_id)
+        return line
 
     def _run(self, connection: Connection, template: str, values: Mapping[str, object]) -> Sequence[Any]:
         return connection.exec_driver_sql(self._database.schema.sql(template), dict(values)).all()

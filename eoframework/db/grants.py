@@ -15,6 +15,7 @@ from typing import Final, Literal, get_args
 
 from sqlalchemy import Connection
 
+from eoframework import events
 from eoframework.db.joined import COPY, VERSION_TABLE, is_joined
 from eoframework.db.session import Database
 from eoframework.errors import ConfigurationError, NotFound
@@ -249,6 +250,8 @@ def apply(database: Database, roles: Roles, *, payloads: bool = False) -> None:
                 raise ConfigurationError(
                     f"{role!r} still lacks {', '.join(lacking)}; nothing was granted.", remedy="Run: eo db upgrade"
                 )
+        events.emit("grants.applying", roles=sorted(roles.given().values()))
+    events.emit("grants.applied", roles=sorted(roles.given().values()))
 
 
 def _table(name: str, *, joined: bool) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from alembic import context, op
 from sqlalchemy import Connection, text
 
+from eoframework import events
 from eoframework.errors import ConfigurationError
 from eoframework.schema import Schema
 from eoframework.settings import Settings
@@ -39,16 +40,23 @@ def entering(down_revision: str | None) -> str:
             op.execute(f"CREATE SCHEMA IF NOT EXISTS {ours.sql('{eo}')}")
         if not context.is_offline_mode():
             _refuse_other(ours, down_revision)
+    _tell("migrate.changing", down_revision)
     return ours.sql("{eo}")
 
 
 def leaving() -> str:
     """First thing in a downgrade: the quoted name of the schema."""
+    _tell("migrate.changing", None)
     return schema().sql("{eo}")
 
 
 def now_at(revision: str | None) -> None:
     """Last thing in an upgrade or downgrade: our copy of the version follows, in the same transaction."""
+    _note(revision)
+    _tell("migrate.changed", revision)
+
+
+def _note(revision: str | None) -> None:
     chain = _chain()
     if chain is None:
         return
@@ -60,6 +68,12 @@ def now_at(revision: str | None) -> None:
     op.execute(f"DELETE FROM {table}")
     name = chain.replace("'", "''")
     op.execute(f"INSERT INTO {table} (version_num, chain) VALUES ('{revision}', '{name}')")
+
+
+def _tell(event: str, version: str | None) -> None:
+    # Printed as SQL, nothing of it happens here.
+    if not context.is_offline_mode():
+        events.emit(event, version=version)
 
 
 def is_joined(connection: Connection, ours: Schema) -> bool:

@@ -10,6 +10,7 @@ from uuid import UUID
 
 from sqlalchemy import Connection
 
+from eoframework import events
 from eoframework.db import audit
 from eoframework.db.dead_letter_desk import DeadFilter
 from eoframework.db.external_calls import ExternalCallRows
@@ -190,6 +191,8 @@ class LaneDesk:
                 identity = row.message_id or position_id(lane.topic_id, lane.partition, row.offset)
                 calls.settle(connection, lane.consumer_id, identity)
             self._record(connection, lane, gone, actor)
+            events.emit("parked.discarding", consumer=lane.consumer, messages=len(gone))
+        events.emit("parked.discarded", consumer=lane.consumer, messages=len(gone))
         return len(gone)
 
     def _record(self, connection: Connection, lane: ParkedLane, gone: Sequence[Any], actor: str) -> None:

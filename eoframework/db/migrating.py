@@ -16,7 +16,7 @@ from alembic.script import ScriptDirectory
 from alembic.util.exc import CommandError
 from sqlalchemy import Connection, inspect, text
 
-from eoframework import clock
+from eoframework import clock, events
 from eoframework.db import joined
 from eoframework.db.joined import VERSION_TABLE
 from eoframework.db.session import Database
@@ -119,7 +119,10 @@ def _change(database: Database, action: object, revision: str, what: str) -> str
         _refuse_joined(database.schema, chain)
         connection.execute(text("SELECT set_config('lock_timeout', :wait, true)"), {"wait": _LOCK_WAIT})
         _run(action, database.schema, revision, connection)
-        return _current(connection, database.schema)
+        reached = _current(connection, database.schema)
+        events.emit("migrate.committing", version=reached)
+    events.emit("migrate.committed", version=reached)
+    return reached
 
 
 def sql(schema: Schema, revision: str = "head") -> str:

@@ -10,6 +10,7 @@ from uuid import UUID
 
 from sqlalchemy import Connection
 
+from eoframework import events
 from eoframework.db.coverage import note_reached
 from eoframework.db.session import Database
 from eoframework.errors import FailClosed
@@ -99,7 +100,10 @@ class PositionAdmin:
         place = {"topic_id": line.topic_id, "partition": line.partition}
         with self._database.brief(f"moving the position of {line.consumer}", lock_wait=_BATCH) as connection:
             self._remember(connection, line.consumer, place)
-            return int(self._run(connection, _SET, {"consumer": line.consumer, **place, "offset": offset})[0][0])
+            epoch = int(self._run(connection, _SET, {"consumer": line.consumer, **place, "offset": offset})[0][0])
+            events.emit("position.moving", consumer=line.consumer, partition=line.partition)
+        events.emit("position.moved", consumer=line.consumer, partition=line.partition)
+        return epoch
 
     def refuse_parked(self, consumer: str) -> None:
         """Raises FailClosed while messages of the consumer are parked: who forgot its positions would strand them."""
@@ -116,7 +120,9 @@ class PositionAdmin:
             # Under the locked positions: nobody parks another one.
             _refuse(consumer, self._run(connection, _PARKED, {"consumer": consumer})[0][0])
             positions, consumers = self._run(connection, _FORGET, {"consumer": consumer})[0]
-            return int(positions) if consumers else None
+            events.emit("position.forgetting", consumer=consumer)
+        events.emit("position.forgotten", consumer=consumer)
+        return int(positions) if consumers else None
 
     def _remember(self, connection: Connection, consumer: str, place: dict[str, object]) -> None:
         """How far the positions got: ids up to there are remembered, and will be forgotten."""

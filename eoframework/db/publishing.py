@@ -22,6 +22,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_s
 from sqlalchemy.orm import Session, SessionTransaction, scoped_session
 from sqlalchemy.util.concurrency import in_greenlet
 
+from eoframework import events
 from eoframework.db.outbox import Outbox
 from eoframework.db.savepoints import SessionBuffer, next_place
 from eoframework.errors import ConfigurationError
@@ -153,6 +154,7 @@ def _on_commit(connection: Connection) -> None:
             buffer.kept += session.hand_over()
         buffer.written = True
         _write(connection, sorted(buffer.kept, key=lambda kept: kept.place))
+        events.emit("publish.committing", messages=len(buffer.kept))
     except BaseException:
         # SQLAlchemy takes the transaction for ended after a failed commit, and sends no ROLLBACK any more: the next
         # COMMIT on this connection would make the effects durable without their messages.

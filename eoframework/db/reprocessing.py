@@ -10,6 +10,7 @@ from uuid import UUID
 
 from sqlalchemy import Connection
 
+from eoframework import events
 from eoframework.db import audit
 from eoframework.db.position import PositionRow, Stream
 from eoframework.db.session import Database
@@ -90,6 +91,7 @@ class Reprocessing:
         with self._database.begin(action) as connection:
             audit.record(connection, self._schema, actor=actor, action=action, subject=subject, detail=detail)
             at: datetime = connection.exec_driver_sql("SELECT clock_timestamp()").scalar_one()
+        events.emit("reprocess.noted", action=action)
         return at
 
     def positions(self, connection: Connection, stream: Stream, partitions: Collection[int]) -> dict[int, int]:

@@ -13,6 +13,7 @@ from uuid import UUID
 
 from sqlalchemy import Connection
 
+from eoframework import events
 from eoframework.db import audit
 from eoframework.db.session import Database
 from eoframework.errors import FailClosed
@@ -89,7 +90,9 @@ class TransformDesk:
             if not self._run(connection, _BEGUN, where):
                 raise FailClosed(f"{line.consumer} was forgotten meanwhile.", remedy="Nothing was changed.")
             self._record(connection, "position.set", line.consumer, actor, detail)
+            events.emit("position.moving", consumer=line.consumer, partition=line.partition)
             in_kafka()
+        events.emit("position.moved", consumer=line.consumer, partition=line.partition)
 
     def forget(self, consumer: str, *, actor: str, in_kafka: Callable[[], object]) -> int:
         """Delete what is known of the transform, with an audit row; returns of how many partitions.
@@ -102,7 +105,9 @@ class TransformDesk:
             gone = len(self._run(connection, _FORGET, {"consumer": consumer}))
             self._run_only(connection, _RETIRE, {"consumer": consumer})
             self._record(connection, "position.forget", consumer, actor, {"partitions": gone})
+            events.emit("position.forgetting", consumer=consumer)
             in_kafka()
+        events.emit("position.forgotten", consumer=consumer)
         return gone
 
     def _record(

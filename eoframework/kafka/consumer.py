@@ -286,6 +286,7 @@ class GroupConsumer:
             raise Retryable(f"committing {self._topic}[{partition}]: {kafka_error(fault).str()}.") from fault
         for failed in (entry.error for entry in done or () if entry.error is not None):
             raise Retryable(f"committing {self._topic}[{partition}]: {failed.str()}.")
+        events.emit("kafka.offset_marked", partition=partition, offset=offset)
 
     def _marked(self, partition: int, offset: int, epoch: int) -> TopicPartition:
         return TopicPartition(self._topic, partition, offset, metadata=offset_mark(epoch))

@@ -170,6 +170,8 @@ class SendingClient:
         if error is not None and self._cause is not None and error.code() == KafkaError._PURGE_QUEUE:
             ticket.failed(delivery_error(self._cause, ticket))
         else:
+            if error is None:
+                events.emit("producer.confirmed", topic=ticket.destination.topic, id=ticket.id)
             report(ticket, error, message)
 
     def _poll(self) -> None:

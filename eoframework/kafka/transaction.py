@@ -91,6 +91,7 @@ class TransactionalProducer:
             producer.close()
             raise
         self._producer = producer
+        events.emit("kafka.producer.ready", transactional_id=self._name)
 
     def begin(self) -> None:
         """Open a transaction. Needs `make_ready` before."""
@@ -156,6 +157,7 @@ class TransactionalProducer:
         try:
             self._producer.client.purge()
             bounded(self._producer.client.abort_transaction, _ABORT_TIMEOUT)
+            events.emit("kafka.transaction.aborted", transactional_id=self._name)
         except KafkaException as error:
             self._leave_alone(self._producer, error)
             _log.debug("%s: abort: %s; the next producer ends the transaction.", self._name, error)

@@ -84,6 +84,7 @@ def _first_use(
         )
     if state.cluster_id is None:
         shards.bind(claim, cluster_id=place.cluster_id, topic_id=place.topic_id)
+        events.emit("relay.bound", shard=claim.shard, cluster_id=place.cluster_id)
 
 
 def _belongs(last: Checkpoint, claim: Claim, checkpoints: CheckpointLog, place: CheckpointPlace) -> None:

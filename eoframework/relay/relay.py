@@ -143,7 +143,8 @@ class ShardRelay:
     def _select(self) -> tuple[list[OutboxRow], float]:
         now = clock.monotonic()
         if now >= self._due_at:
-            self._rows.move_due(self.claim.shard, limit=self._largest)
+            if due := self._rows.move_due(self.claim.shard, limit=self._largest):
+                events.emit("relay.made_due", shard=self.claim.shard, rows=due)
             self._due_at = now + self._around.settings.relay_poll_max
         started = clock.monotonic()
         found = self._rows.select(self.claim, limit=self._limit, max_bytes=_MAX_BYTES, paused=self._topics.paused())

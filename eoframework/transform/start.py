@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Protocol
 from uuid import UUID
 
+from eoframework import events
 from eoframework.db.position import Positions, Stream
 from eoframework.db.session import Connection, Database
 from eoframework.db.transform_starts import PlannedStart, TransformStarts
@@ -64,6 +65,7 @@ class Beginning:
             if not known:
                 self._refuse_handler(connection, stream)
                 self._starts.plan(connection, stream, self._first_offsets(info.partitions))
+        events.emit("transform.registered", consumer=group)
         return stream
 
     def missing(self, stream: Stream, partitions: Collection[int]) -> dict[int, int]:
@@ -76,6 +78,7 @@ class Beginning:
             # A partition that appeared after the first start begins at 0, whatever `start` says: its first messages
             # would be skipped otherwise.
             self._starts.plan(connection, stream, {p: 0 for p in partitions if p not in known})
+        events.emit("transform.planned", partitions=sorted(partitions))
         return {p: known[p].offset if p in known else 0 for p in partitions}
 
     def begun(self, stream: Stream, partitions: Collection[int]) -> None:
@@ -86,6 +89,7 @@ class Beginning:
             # One that appeared after the first start, and was given its offset by a tool, has no row yet.
             self._starts.plan(connection, stream, dict.fromkeys(partitions, 0))
             self._starts.begun(connection, stream, sorted(partitions))
+        events.emit("transform.begun", partitions=sorted(partitions))
         self._begun |= set(partitions)
 
     def ask_topic(self, stream: Stream) -> Callable[[], None]:

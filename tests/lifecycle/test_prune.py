@@ -113,7 +113,7 @@ def test_coverage_is_recorded_before_ids_go(database: Database, settings: Settin
         PruneWorker(database, settings).step()
     finally:
         unsubscribe()
-    assert order == [("prune.covered", 5), ("prune.forgotten", 0)]
+    assert order == [("prune.covered", 5), ("prune.forgotten", 0), ("prune.results_forgotten", 0)]
 
 
 def test_one_worker_records_coverage_at_a_time(database: Database, settings: Settings) -> None:
