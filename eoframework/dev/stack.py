@@ -225,11 +225,11 @@ def _status(name: str, process: Identity | None, port: int | None, log: Path) ->
     )
 
 
-def find(state_directory: Path = DEFAULT_STATE_DIRECTORY) -> Services:
+def find(state_directory: Path = DEFAULT_STATE_DIRECTORY, *, postgres: PostgresOptions | None = None) -> Services:
     """The services of this directory, running or not, to control them. Nothing is started."""
     directory = StateDirectory(state_directory)
     directory.prepare()
-    return _open(directory, KafkaOptions(), PostgresOptions(), None)
+    return _open(directory, KafkaOptions(), postgres or PostgresOptions(), None)
 
 
 def down(state_directory: Path = DEFAULT_STATE_DIRECTORY) -> bool:
