@@ -40,12 +40,12 @@ class Envelope:
 
     def headers(
         self, identity: bytes, time: bytes, traceparent: bytes | None, own: Headers = ()
-    ) -> list[tuple[str, bytes | None]]:
+    ) -> list[tuple[str, str | bytes | None]]:
         """CloudEvents attributes, `message-id`, then the publisher's own.
 
         `message-id` repeats `ce_id`: so a reader knows that the id was made to be unique by itself (`incoming_id`).
         """
-        made: list[tuple[str, bytes | None]] = [
+        made: list[tuple[str, str | bytes | None]] = [
             _SPECVERSION,
             ("ce_id", identity),
             self._source,
@@ -73,7 +73,7 @@ def outgoing_headers(
     content_type: str,
     headers: Headers = (),
     traceparent: str | None = None,
-) -> list[tuple[str, bytes | None]]:
+) -> list[tuple[str, str | bytes | None]]:
     """The headers of a record that was an outbox message; see Envelope."""
     trace = None if traceparent is None else traceparent.encode()
     return envelope(source, type, content_type).headers(str(id).encode(), event_time(time), trace, headers)
@@ -123,8 +123,11 @@ def _is_canonical(text: str) -> bool:
 
 def traceparent_of(headers: Headers) -> bytes | None:
     """The trace context a message came with; a malformed one is as good as none. Source: W3C Trace Context, 3.2."""
+    # Written as everybody writes it, first: all headers of every message pass here.
     for name, value in headers:
-        # Its length first: all headers of every message pass here.
+        if name == TRACEPARENT and value is not None and _IS_TRACE(value):
+            return value
+    for name, value in headers:
         if len(name) == _LENGTH and name.lower() == TRACEPARENT and value is not None and _IS_TRACE(value):
             return value
     return None

@@ -104,13 +104,18 @@ class DerivedIds:
     """The ids of what a consumer publishes for the messages of one partition: the same however often it runs.
 
     Should effects ever be redone after a restore, everybody downstream still recognises the duplicates.
+
+    48 bits of time, then 66 bits of a hash of where the message comes from, with its offset but for the last 8 bits,
+    and these as they are: to be written for each message, the hash would cost more than all the rest.
     """
 
     def __init__(self, consumer: str, topic_id: UUID, partition: int) -> None:
-        # What all of them have in common is hashed once, and what those of one millisecond begin with is written once.
         self._seed = hashlib.sha256(f"{consumer}\0{topic_id}\0{partition}\0".encode())
         self._timestamp: int | None = None
         self._head = ""
+        self._block: int | None = None
+        self._stems: dict[int, str] = {}
+        """Of the messages of this block of offsets, by index."""
 
     def text(self, offset: int, timestamp: int, index: int) -> str:
         """The id, in canonical form, of the `index`-th message published for the one at `offset`.
@@ -120,10 +125,19 @@ class DerivedIds:
         if timestamp != self._timestamp:
             time = f"{max(timestamp, 0) & _TIME_BITS:012x}"
             self._timestamp, self._head = timestamp, f"{time[:8]}-{time[8:]}-7"
+        block = offset >> 8
+        if block != self._block:
+            self._block, self._stems = block, {}
+        stem = self._stems.get(index)
+        if stem is None:
+            stem = self._stems[index] = self._stem(block, index)
+        return f"{self._head}{stem}{offset & 0xFF:02x}"
+
+    def _stem(self, block: int, index: int) -> str:
         seed = self._seed.copy()
-        seed.update(b"%d\0%d" % (offset, index))
+        seed.update(b"%d\0%d" % (block, index))
         tail = seed.hexdigest()
-        return f"{self._head}{tail[1:4]}-{_VARIANT[tail[4]]}{tail[5:8]}-{tail[8:20]}"
+        return f"{tail[1:4]}-{_VARIANT[tail[4]]}{tail[5:8]}-{tail[8:18]}"
 
 
 def derived_id(source: Source, index: int) -> UUID:

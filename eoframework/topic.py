@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
 from operator import attrgetter
+from types import NoneType
 from typing import Any, Generic, NoReturn, overload
 from uuid import UUID
 
@@ -18,6 +20,8 @@ from eoframework.message import Message, OutboxMessage, Record, new_id, parse_id
 from eoframework.parts import Part
 from eoframework.payload_types import has_field, members, record_classes, takes_none, type_name, unwrap
 from eoframework.where import declaring_frame, location
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -232,6 +236,15 @@ class Topic(Generic[T]):
                 remedy="Correct the producer, or widen the payload type.",
             ) from error
 
+    def decode_payloads(self, records: Sequence[Record]) -> list[Any] | None:
+        """What these messages say; None if one has nothing, or nothing readable: then each is to be read by itself."""
+        if not isinstance(self._codec, JsonCodec):
+            return None
+        try:
+            return self._codec.decode_all([record.value for record in records])
+        except (TypeError, ValueError):
+            return None
+
     def _read_id(self, payload: T, record: Record) -> UUID | None:
         assert self._id is not None
         try:
@@ -277,6 +290,15 @@ class Topic(Generic[T]):
             returned = type(value).__name__
             raise EncodeError(f"{self.name}: the codec returned {returned}.", remedy="It must return bytes.")
         return value
+
+    def encode_payloads(self, payloads: Sequence[T]) -> list[bytes | None]:
+        """As `encode_payload` for each of them. Raises EncodeError for the first that cannot be written."""
+        if isinstance(self._codec, JsonCodec) and NoneType not in map(type, payloads):
+            try:
+                return [*self._codec.encode_all(payloads)]
+            except (TypeError, ValueError):
+                log.debug("%s: one of %d payloads cannot be written; one by one it shows", self.name, len(payloads))
+        return [self.encode_payload(payload) for payload in payloads]
 
     def encode_key(self, payload: T, given: Part | None) -> bytes | None:
         """The record's key: `given`, else the topic's key of the payload, if it has one. Raises EncodeError."""

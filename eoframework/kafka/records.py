@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 
 from confluent_kafka import Message as ClientMessage
 
@@ -12,29 +13,29 @@ from eoframework.message import Headers, Record
 def record_of(message: ClientMessage) -> Record:
     """The record the client handed out; one that it cannot read whole says so."""
     kind, timestamp = message.timestamp()
-    headers, unreadable = _headers(message)
-    return Record(
-        message.topic() or "",
-        message.partition() or 0,
-        message.offset() or 0,
-        message.key(),
-        message.value(),
-        headers,
-        timestamp if kind else -1,
-        unreadable,
+    try:
+        headers: Headers = tuple(_ask_headers(message) or ())
+        unreadable = ""
+    except (SystemError, UnicodeDecodeError) as error:
+        headers, unreadable = (), f"the name of a header is not UTF-8 ({error.__cause__ or error})"
+    # Not Record(...), which costs as much again: every message there is passes here.
+    return _new(
+        Record,
+        (
+            message.topic() or "",
+            message.partition() or 0,
+            message.offset() or 0,
+            message.key(),
+            message.value(),
+            headers,
+            timestamp if kind else -1,
+            unreadable,
+        ),
     )
 
 
+_new: Callable[[type[Record], tuple[object, ...]], Record] = tuple.__new__
+
+# A header name that is not UTF-8 makes the client return null pointers together with an exception. A plain call does
+# not always look for that; this one does. Asked for once: the second time there is no exception.
 _ask_headers = operator.methodcaller("headers")
-
-
-def _headers(message: ClientMessage) -> tuple[Headers, str]:
-    """The headers, or why they cannot be read: then this record fails, like any other that cannot be decoded.
-
-    A header name that is not UTF-8 makes the client return null pointers together with an exception. A plain call does
-    not always look for that; this one does. Asked for once: the second time there is no exception.
-    """
-    try:
-        return tuple(_ask_headers(message) or ()), ""
-    except (SystemError, UnicodeDecodeError) as error:
-        return (), f"the name of a header is not UTF-8 ({error.__cause__ or error})"

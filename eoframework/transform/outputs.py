@@ -6,6 +6,7 @@ that is only taken apart again.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
@@ -51,6 +52,29 @@ class Outputs:
             return [self._record(record, trace, way, returned, 0)]
         results = self._transform.results(returned)
         return [self._any(record, trace, result, index) for index, result in enumerate(results)]
+
+    def of_list(self, records: Sequence[Record], returned: Sequence[Any]) -> list[list[Outgoing]]:
+        """As `of` for each of them, for less if one payload of one class was made of each, as of most lists."""
+        kinds = set(map(type, returned))
+        way = self._way_of.get(kinds.pop()) if len(kinds) == 1 else None
+        if way is None or not way.derives_id:
+            return list(map(self.of, records, returned))
+        return self._alike(records, way, returned)
+
+    def _alike(self, records: Sequence[Record], way: _Way, payloads: Sequence[Any]) -> list[list[Outgoing]]:
+        topic, ids, encode_key = way.topic, self._ids, way.topic.encode_key
+        name, time, headers_of, room = topic.name, self._time, way.envelope.headers, topic.max_bytes - way.size
+        made: list[list[Outgoing]] = []
+        for record, payload, value in zip(records, payloads, topic.encode_payloads(payloads), strict=True):
+            _, partition, offset, own_key, _, headers, timestamp, _ = record
+            key = encode_key(payload, None)
+            if key is None:
+                key = own_key
+            if len(value or b"") + len(key or b"") > room:
+                topic.check_size(key, value, way.size)
+            identity = ids[partition].text(offset, timestamp, 0).encode()
+            made.append([Outgoing(name, key, value, headers_of(identity, time, traceparent_of(headers)))])
+        return made
 
     def _any(self, record: Record, trace: bytes | None, result: Any, index: int) -> Outgoing:
         if isinstance(result, Out):

@@ -12,11 +12,12 @@ from typing import Protocol
 from uuid import UUID
 
 from eoframework import events
+from eoframework.db import home
 from eoframework.db.position import Positions, Stream
 from eoframework.db.session import Connection, Database
 from eoframework.db.transform_starts import PlannedStart, TransformStarts
 from eoframework.errors import FailClosed
-from eoframework.identity import refuse_moved, refuse_renamed
+from eoframework.identity import of_the_original, refuse_moved, refuse_renamed
 from eoframework.kafka.admin import TopicInfo
 from eoframework.kafka.same_topic import ask_same_topic
 from eoframework.transforms import Transform
@@ -64,6 +65,7 @@ class Beginning:
             self._begun = {row.partition for row in known if row.begun}
             if not known:
                 self._refuse_handler(connection, stream)
+                self._refuse_original(connection)
                 self._starts.plan(connection, stream, self._first_offsets(info.partitions))
         events.emit("transform.registered", consumer=group)
         return stream
@@ -118,6 +120,11 @@ class Beginning:
         shown = {p: there[p][0] if p in there else offset for p, offset in offsets.items()}
         log.info("%s: first start on %s, beginning at offsets %s by partition", group, topic, shown)
         return offsets
+
+    def _refuse_original(self, connection: Connection) -> None:
+        group, topic = self._transform.group, self._transform.topic.name
+        if home.is_copy(connection, self._database.schema) and self._cluster.group_offsets(group, topic):
+            raise of_the_original(group)
 
     def _refuse_handler(self, connection: Connection, stream: Stream) -> None:
         # The offsets that a handler commits lag behind its positions, and its parked messages would lie there for ever.

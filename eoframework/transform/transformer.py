@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from typing import Any
 
 from eoframework import clock, events
@@ -270,6 +271,9 @@ class Transformer:
             return error
 
     def _handle_list(self, records: list[Record], outcome: Outcome) -> list[Result]:
+        simple = not (self._takes_messages or self._doomed or any(map(_unreadable, records)))
+        if simple and (payloads := self._topic.decode_payloads(records)) is not None:
+            return list(zip(records, self._call_list(records, payloads), strict=True))
         given: list[Any] = []
         unreadable: dict[int, Exception] = {}
         for index, record in enumerate(records):
@@ -289,7 +293,7 @@ class Transformer:
         while True:
             try:
                 returned = self._transform.call_batch(given) if given else []
-                results: list[list[Outgoing] | Exception] = list(map(self._outputs.of, records, returned))
+                results: list[list[Outgoing] | Exception] = [*self._outputs.of_list(records, returned)]
                 break
             except FailClosed:
                 raise
@@ -365,6 +369,9 @@ class Transformer:
         charged = Stand(record.offset, replace(mark, crashes=mark.crashes + 1, takeovers=stand.mark.takeovers))
         self.move({record.partition: charged}, membership)
         self._charged[record.partition] = outcome.stands[record.partition] = charged
+
+
+_unreadable = attrgetter("unreadable")
 
 
 def _place(record: Record) -> tuple[int, int]:

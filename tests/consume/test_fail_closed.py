@@ -229,7 +229,7 @@ def test_topic_recreated_and_found_empty(place: Place, caplog: pytest.LogCapture
 
 
 def test_topic_deleted_while_running(place: Place, caplog: pytest.LogCaptureFixture) -> None:
-    """Seen to fail with `deleted_topic` taken out of what ask_same_topic: exit 3, as for a topic never made."""
+    """Seen to fail with `deleted_topic` taken out of ask_same_topic: exit 3, as for a topic never made."""
     with running(place.app()) as run:
         place.send(0, 1, 2)
         eventually(lambda: len(place.booked()) == 3, "the first three")
