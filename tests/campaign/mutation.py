@@ -1,0 +1,172 @@
+"""Whether what looks for bugs finds the ones we plant: each protection taken out in a copy, until a layer objects.
+
+    eo dev run -- python -m tests.campaign.mutation [--minutes N] [--only NAME] [--again]
+
+What was found out is kept in docs/campaign/mutation.json, with the commit: a later run goes on where this one stopped.
+A layer counts only if it is silent about the source as it is. Exit code 4 if a planted bug was not found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from eoframework import clock
+from tests.campaign.mutants import LAYERS, MUTANTS, Mutant
+from tests.processes import REPOSITORY
+
+REPORT = REPOSITORY / "docs" / "campaign" / "mutation.json"
+LONGEST = 420.0
+"""Seconds that a layer may take; a bug that makes everything stand still counts as found then."""
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """What a layer said about a copy."""
+
+    objects: bool
+    seconds: float
+    first: str
+    """The first test that failed."""
+
+
+class Copy:
+    """The source as it is, in a directory of its own, for bugs to be planted in."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        listed = subprocess.run(["git", "ls-files", "-z"], cwd=REPOSITORY, capture_output=True, check=True).stdout
+        for name in filter(None, listed.decode().split("\0")):
+            if (REPOSITORY / name).is_file():
+                target = directory / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(REPOSITORY / name, target)
+
+    def plant(self, mutant: Mutant) -> None:
+        path = self.directory / mutant.path
+        path.write_text(planted(path.read_text(), mutant))
+
+    def mend(self, mutant: Mutant) -> None:
+        shutil.copy2(REPOSITORY / mutant.path, self.directory / mutant.path)
+
+    def hear(self, layer: str) -> Heard:
+        """Run a layer over this copy."""
+        files = [name for name in LAYERS[layer] if (self.directory / name).exists()]
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-n", "3", *files]
+        environment = {**os.environ, "PYTHONPATH": str(self.directory), "PYTHONDONTWRITEBYTECODE": "1"}
+        started = clock.monotonic()
+        try:
+            ran = subprocess.run(
+                command,
+                cwd=self.directory,
+                env=environment,
+                capture_output=True,
+                check=False,
+                text=True,
+                timeout=LONGEST,
+            )
+        except subprocess.TimeoutExpired:
+            return Heard(True, clock.monotonic() - started, f"stood still for {LONGEST:g} s")
+        if ran.returncode not in (0, 1):
+            # Not a test that failed: a layer that cannot run has found nothing.
+            raise SystemExit(f"{layer}: pytest ended with {ran.returncode}:\n{ran.stdout[-3000:]}{ran.stderr[-2000:]}")
+        return Heard(ran.returncode == 1, clock.monotonic() - started, _first_failure(ran.stdout))
+
+
+def planted(source: str, mutant: Mutant) -> str:
+    """The source with the bug in it."""
+    if source.count(mutant.before) != 1:
+        raise SystemExit(f"{mutant.name}: {mutant.path} has {source.count(mutant.before)} places for it, not one.")
+    return source.replace(mutant.before, mutant.after)
+
+
+def _first_failure(output: str) -> str:
+    found = [line.split(" - ")[0].removeprefix("FAILED ") for line in output.splitlines() if line.startswith("FAILED ")]
+    return found[0] if found else ""
+
+
+def look_for(mutant: Mutant, copy: Copy, silent: dict[str, bool]) -> dict[str, object]:
+    """Plant one and ask its layers; what is to be reported."""
+    seconds = 0.0
+    for layer in mutant.layers:
+        if layer not in silent:
+            silent[layer] = not copy.hear(layer).objects
+            print(f"  {layer}: {'silent' if silent[layer] else 'NOT silent'} about the source as it is", flush=True)
+        if not silent[layer]:
+            continue
+        copy.plant(mutant)
+        try:
+            heard = copy.hear(layer)
+        finally:
+            copy.mend(mutant)
+        seconds += heard.seconds
+        if heard.objects:
+            return {"found_by": layer, "test": heard.first, "seconds": round(seconds, 1)}
+    return {"found_by": None, "seconds": round(seconds, 1)}
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(
+        ["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+def _load(*, again: bool) -> dict[str, dict[str, object]]:
+    if again or not REPORT.exists():
+        return {}
+    found: dict[str, dict[str, object]] = json.loads(REPORT.read_text())["mutants"]
+    return found
+
+
+def _store(found: dict[str, dict[str, object]]) -> None:
+    REPORT.parent.mkdir(parents=True, exist_ok=True)
+    report = {
+        "layer": "mutation",
+        "what": "each protection taken out, and what noticed it",
+        "commit": _git("rev-parse", "--short", "HEAD"),
+        "planted": len(MUTANTS),
+        "found": sum(one["found_by"] is not None for one in found.values()),
+        "mutants": found,
+    }
+    temporary = REPORT.with_suffix(".tmp")
+    temporary.write_text(json.dumps(report, indent=1) + "\n")
+    temporary.replace(REPORT)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=600.0)
+    parser.add_argument("--only", help="mutants with this in their name")
+    parser.add_argument("--again", action="store_true", help="forget what earlier runs found")
+    options = parser.parse_args()
+    found, silent = _load(again=options.again), dict[str, bool]()
+    until = clock.monotonic() + options.minutes * 60
+    chosen = [one for one in MUTANTS if (options.only or "") in one.name]
+    left = [one for one in chosen if options.only or found.get(one.name, {}).get("found_by") is None]
+    with tempfile.TemporaryDirectory(prefix="eo-mutants-") as directory:
+        copy = Copy(Path(directory))
+        for number, mutant in enumerate(left, start=1):
+            if clock.monotonic() > until:
+                print(f"{len(left) - number + 1} left for the next run", flush=True)
+                break
+            found[mutant.name] = {"what": mutant.what, **look_for(mutant, copy, silent)}
+            told = found[mutant.name]
+            print(
+                f"{number:3}/{len(left)} {mutant.name}: {told['found_by'] or 'NOT FOUND'}, {told['seconds']} s",
+                flush=True,
+            )
+            _store(found)
+    missed = [one.name for one in chosen if found.get(one.name, {"found_by": ""})["found_by"] is None]
+    print(f"{len(MUTANTS)} planted bugs, {sum(one['found_by'] is not None for one in found.values())} found")
+    raise SystemExit(4 if missed else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,22 @@
+"""Each planted bug still has its place in the source: a gate whose bugs cannot be planted finds nothing."""
+
+from __future__ import annotations
+
+import ast
+
+import pytest
+
+from tests.campaign.mutants import LAYERS, MUTANTS, Mutant
+from tests.campaign.mutation import planted
+from tests.processes import REPOSITORY
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_it_can_be_planted(mutant: Mutant) -> None:
+    source = (REPOSITORY / mutant.path).read_text()
+    assert ast.dump(ast.parse(planted(source, mutant))) != ast.dump(ast.parse(source))
+    assert mutant.layers
+
+
+def test_every_layer_is_there() -> None:
+    assert [name for files in LAYERS.values() for name in files if not (REPOSITORY / name).exists()] == []
