@@ -17,7 +17,7 @@ from types import ModuleType
 from eoframework import logs
 from eoframework.app import App
 from eoframework.consume.worker import ConsumeWorker
-from eoframework.db import migrating, readiness
+from eoframework.db import home, migrating, readiness
 from eoframework.db.grants import Purpose
 from eoframework.db.session import Database
 from eoframework.errors import ConfigurationError, EoError, NotFound
@@ -123,11 +123,14 @@ def open_kafka(settings: Settings, *, stop: threading.Event, wait: bool) -> Admi
 def prepare(app: App, *, stop: threading.Event, wait: bool = True, purpose: Purpose | None = "app") -> Ready | None:
     """The app with its services answering and fitting; None when `stop` was set while waiting for them.
 
-    Raises ConfigurationError, SchemaOutOfDate, Unreachable (without `wait`); nothing was started then.
+    Raises ConfigurationError, SchemaOutOfDate, FailClosed (a copied database), Unreachable (without `wait`); nothing
+    was started then.
     """
     settings = app.settings
     settings.require_bootstrap_servers()
     database = open_database(app, stop=stop, wait=wait, purpose=purpose)
+    if database is not None and purpose is not None:
+        home.check(database)
     admin = open_kafka(settings, stop=stop, wait=wait) if database is not None else None
     return None if database is None or admin is None else Ready(app, settings, database, admin)
 

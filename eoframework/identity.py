@@ -60,8 +60,8 @@ def other_cluster(consumer: str, topic: str, *, stored: str, now: str) -> FailCl
     return FailClosed(
         f"{consumer}: its positions in {topic!r} were stored for Kafka cluster {stored}, this one is {now}: offsets "
         "mean nothing across clusters.",
-        remedy="Check EO_KAFKA_BOOTSTRAP_SERVERS. If the topic moved for good: eo position forget "
-        f"{consumer}, then start with the offsets you choose.",
+        remedy="Check EO_KAFKA_BOOTSTRAP_SERVERS. If the topic moved here for good: eo position forget "
+        f"{consumer}. It then begins here as at a first start; what bears an id that is remembered stays a duplicate.",
     )
 
 
@@ -79,4 +79,13 @@ def deleted_topic(consumer: str, topic: str) -> FailClosed:
     return FailClosed(
         f"{consumer}: topic {topic!r} no longer exists.",
         remedy=f"Its positions are kept. If it is re-created, begin with: eo position forget {consumer}",
+    )
+
+
+def of_the_original(consumer: str) -> FailClosed:
+    """A copied database, and a group that somebody uses on this cluster: the one it was copied from."""
+    return FailClosed(
+        f"group {consumer!r} has committed offsets in Kafka, and this database is a copy of another (eo db adopt "
+        "copy): the group is that one's, and would be robbed of its messages.",
+        remedy="Point EO_KAFKA_BOOTSTRAP_SERVERS at a cluster of the copy's own, or give the App another name.",
     )

@@ -7,8 +7,11 @@ from typing import Annotated
 
 import typer
 
-from eoframework.cli import options, reach
-from eoframework.db import grants, migrating, readiness
+from eoframework.cli import filters, options, reach
+from eoframework.cli.confirm import confirm
+from eoframework.db import adopting, grants, migrating, readiness
+from eoframework.db.adopting import Meaning
+from eoframework.db.audit import whoever
 from eoframework.db.grants import Purpose, Roles
 from eoframework.schema import Schema
 
@@ -105,6 +108,40 @@ def grants_(
             f"{role}: has what {purpose} needs, and nothing else" for purpose, role in roles.given().items()
         )
         text = "\n".join(filter(None, [text, f"{owner}: owns schema {schema.name}" if owner else ""]))
+    options.show(document, text, as_json=as_json)
+
+
+@app.command()
+def adopt(
+    meaning: Annotated[
+        Meaning, typer.Argument(help="replacement: the one it comes from is used no more; copy: it lives on.")
+    ],
+    yes: filters.Yes = False,
+    actor: filters.Actor = None,
+    as_json: options.Json = False,
+    no_wait: options.NoWait = False,
+    assignments: options.Set = None,
+) -> None:
+    """Say what a copied or restored database is; until then `eo run` and `eo relay` refuse to use it.
+
+    A replacement keeps everything. A copy loses what the original will do itself: positions, parked messages and what
+    waits in the outbox; it gets an outbox of its own.
+    """
+    database = reach.database(options.start(assignments), wait=not no_wait)
+    if meaning == "copy":
+        confirm(f"Delete positions, parked messages and outbox of {readiness.where(database)}?", yes=yes)
+    done = adopting.adopt(database, meaning, actor=whoever(actor))
+    document: dict[str, object] = {
+        "as": meaning,
+        "from": done.before.stored,
+        "home": done.after.stored,
+        "outbox": str(done.after.outbox_id),
+        "deleted": dict(done.deleted),
+    }
+    text = f"{meaning} of {done.before.stored}; its home is {done.after.stored}"
+    if meaning == "copy":
+        text += "".join(f"\n{count} {what} deleted" for what, count in done.deleted.items() if count)
+        text += f"\nits outbox is {done.after.outbox_id} now; make its checkpoint topic: eo topics apply MODULE:APP"
     options.show(document, text, as_json=as_json)
 
 

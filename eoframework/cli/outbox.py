@@ -10,10 +10,13 @@ from typing import Annotated, Literal
 
 import typer
 
+from eoframework import outbox_adoption
 from eoframework.cli import filters, options, reach
 from eoframework.cli.confirm import confirm
 from eoframework.db.pending import MALFORMED
+from eoframework.kafka.admin import Admin
 from eoframework.legible import legible, parse_bytes
+from eoframework.outbox_adoption import Adopted
 from eoframework.outbox_desk import (
     ALL,
     Discarded,
@@ -168,6 +171,36 @@ def stats(
     options.show(document, _stats_text(found), as_json=as_json)
 
 
+@app.command()
+def adopt(
+    unknown: Annotated[
+        Literal["send", "discard"] | None,
+        typer.Option("--unknown", help="What becomes of messages whose topic no longer tells whether they were sent."),
+    ] = None,
+    actor: filters.Actor = None,
+    as_json: options.Json = False,
+    no_wait: options.NoWait = False,
+    assignments: options.Set = None,
+) -> None:
+    """Go on where Kafka says the outbox is, after a restore or on another cluster; what was sent is not sent again.
+
+    Reads the topics of the pending messages from the time of the oldest one on. No relay may run meanwhile.
+    """
+    settings = options.start(assignments)
+    database, admin = reach.database(settings, wait=not no_wait), Admin(settings)
+    admin.wait_until_reachable(wait=not no_wait)
+    done = outbox_adoption.adopt(database, settings, admin=admin, unknown=unknown, actor=actor)
+    document = {
+        "cluster_id": done.cluster_id,
+        "batches": {str(shard): list(batches) for shard, batches in done.batches.items()},
+        "sent": [str(row.id) for row in done.sent],
+        "discarded": [str(row.id) for row in done.discarded],
+        "left": done.left,
+        "dead_letters_sent": [row.number for row in done.dead_sent],
+    }
+    options.show(document, _adopted(done), as_json=as_json)
+
+
 # --- what comes in ---
 
 
@@ -251,6 +284,18 @@ def _document(line: OutboxLine) -> dict[str, object]:
         "fingerprint": line.fingerprint,
         "held_by": line.held_by,
     }
+
+
+def _adopted(done: Adopted) -> str:
+    if not done.batches:
+        return "the outbox and Kafka agree: nothing was changed"
+    lines = [f"shard {shard}: batch {before} -> {after}" for shard, (before, after) in sorted(done.batches.items())]
+    lines.append(f"{len(done.sent)} pending messages were sent before: taken out of the outbox")
+    if done.discarded:
+        lines.append(f"{len(done.discarded)} pending messages discarded unread")
+    lines.append(f"{done.left} pending messages are sent when a relay runs")
+    lines += [f"dead letter {row.number} was sent meanwhile: eo outbox discard {row.number}" for row in done.dead_sent]
+    return "\n".join(lines)
 
 
 def _stats_text(found: OutboxStats) -> str:

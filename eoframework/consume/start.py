@@ -7,16 +7,17 @@ going on would mean guessing; each case stops with the command that resolves it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 from uuid import UUID
 
-from eoframework.db.position import Claim, Positions, Stream
+from eoframework.db.position import Claim, PositionRow, Positions, Stream
 from eoframework.db.session import Connection
 from eoframework.errors import FailClosed
 from eoframework.handlers import Handler
-from eoframework.identity import refuse_moved, refuse_renamed
+from eoframework.identity import of_the_original, refuse_moved, refuse_renamed
+from eoframework.kafka.offsets import epoch_of_mark
 
 log = logging.getLogger(__name__)
 
@@ -48,11 +49,20 @@ class Start:
         self._topology = topology
         self._adopt_offsets = adopt_offsets
 
-    def register(self, connection: Connection, around: Surroundings, *, app: str, declared: Collection[str]) -> Stream:
+    def register(
+        self,
+        connection: Connection,
+        around: Surroundings,
+        *,
+        app: str,
+        declared: Collection[str],
+        copied: bool = False,
+    ) -> Stream:
         """The stream with a position row for every partition the topic has at the first start.
 
         All partitions are stored at once, under the lock of the consumer's row: a partition that gets its row later
-        is known to have appeared later, and begins at 0 whatever `start` says.
+        is known to have appeared later, and begins at 0 whatever `start` says. `copied`: the database is a copy of one
+        that lives on.
         """
         group, topic = self._handler.group, self._handler.topic.name
         siblings = self._positions.siblings(connection, app=app, topic=topic)
@@ -61,8 +71,9 @@ class Start:
         stream = Stream(consumer_id, group, topic, around.topic_id, around.cluster_id)
         known = self._positions.known(connection, consumer_id=consumer_id, topic=topic)
         refuse_moved(stream, known)
+        refuse_set_back(stream, known, around.group_offsets)
         if not known:
-            offsets = self._first_offsets(around)
+            offsets = self._first_offsets(around, copied=copied)
             self._positions.start(connection, stream, offsets, adopted=bool(around.group_offsets))
             self._say_first_start(offsets, self._positions.siblings(connection, topic=topic) - set(declared))
         return stream
@@ -80,8 +91,10 @@ class Start:
                 topic,
             )
 
-    def _first_offsets(self, around: Surroundings) -> dict[int, int]:
+    def _first_offsets(self, around: Surroundings, *, copied: bool) -> dict[int, int]:
         if around.group_offsets and not self._adopt_offsets:
+            if copied:
+                raise of_the_original(self._handler.group)
             raise FailClosed(
                 f"group {self._handler.group!r} has committed offsets in Kafka, but the database has no position of "
                 "it: an empty, wrong or restored database would skip or repeat everything before them.",
@@ -114,12 +127,36 @@ def refuse_moved_offset(stream: Stream, claim: Claim, offset: int, committed_und
         raise set_back(stream, partition, position, offset)
 
 
+def refuse_set_back(stream: Stream, known: Iterable[PositionRow], offsets: GroupOffsets) -> None:
+    """Stop if the database was set back, and name every partition of which that can be seen.
+
+    What a claim would find too, but one partition after the other, a start for each. The offsets were asked for before
+    the rows were read, so that those of a worker at work are not ahead of them.
+    """
+    behind = [
+        (row.partition, row.next_offset, offset)
+        for row in known
+        for offset, mark in [offsets.get(row.partition, (0, ""))]
+        if offset > row.next_offset and (epoch_of_mark(mark) or 0) >= row.epoch > 0
+    ]
+    if behind:
+        raise _set_back(stream, behind)
+
+
 def set_back(stream: Stream, partition: int, position: int, offset: int) -> FailClosed:
     """The database knows less than it once did."""
+    return _set_back(stream, [(partition, position, offset)])
+
+
+def _set_back(stream: Stream, behind: Iterable[tuple[int, int, int]]) -> FailClosed:
+    told, redo, leave_out = [], [], []
+    for partition, position, offset in behind:
+        where = f"{stream.topic}[{partition}]"
+        told.append(f"{where} was processed up to {offset}, but the database's position is {position}")
+        redo.append(f"eo position set {stream.consumer} {partition} {position}")
+        leave_out.append(f"eo position set {stream.consumer} {partition} {offset}")
     return FailClosed(
-        f"{stream.consumer}: {stream.topic}[{partition}] was processed up to {offset}, but the database's position is "
-        f"{position}: it was restored to an older state, or failed over to a standby that lagged, so the effects "
-        "between were lost there.",
-        remedy=f"To redo them: eo position set {stream.consumer} {partition} {position}. To leave them out: "
-        f"eo position set {stream.consumer} {partition} {offset}",
+        f"{stream.consumer}: {'; '.join(told)}: it was restored to an older state, or failed over to a standby that "
+        "lagged, so the effects between were lost there.",
+        remedy=f"To redo them: {' && '.join(redo)}. To leave them out: {' && '.join(leave_out)}",
     )

@@ -20,6 +20,7 @@ from eoframework.consume.batch import Failure, Outcome
 from eoframework.consume.failure import ParkingFull
 from eoframework.consume.ownership import Ownership
 from eoframework.consume.start import Start, Surroundings
+from eoframework.db import home
 from eoframework.db.position import Claim, Positions, Stream
 from eoframework.db.unit_of_work import Timeouts, WorkerConnection
 from eoframework.errors import HandlerFailed, LostConnection, Retryable
@@ -120,7 +121,8 @@ class ConsumeWorker:
         start = Start(self._handler, positions, self._admin, adopt_offsets=self._adopt_offsets)
         declared = self._app.groups
         with self._connection.begin(f"{self._handler.group}: register") as connection:
-            stream = start.register(connection, around, app=self._app.name, declared=declared)
+            copied = home.is_copy(connection, self._app.database.schema)
+            stream = start.register(connection, around, app=self._app.name, declared=declared, copied=copied)
         events.emit("consume.registered", consumer=stream.consumer)
         return stream
 

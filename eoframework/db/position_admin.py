@@ -11,6 +11,7 @@ from uuid import UUID
 from sqlalchemy import Connection
 
 from eoframework import events
+from eoframework.db import audit
 from eoframework.db.coverage import note_reached
 from eoframework.db.session import Database
 from eoframework.errors import FailClosed
@@ -28,7 +29,8 @@ WHERE %(consumer)s::text IS NULL OR c.name = %(consumer)s ORDER BY c.name, p.top
 """
 # A batch that is under way ends first, so that the offset read afterwards is how far the position ever got.
 _LOCK = """
-SELECT FROM {eo}.position p JOIN {eo}.consumer c ON c.id = p.consumer_id WHERE c.name = %(consumer)s
+SELECT p.topic, p.partition, p.next_offset FROM {eo}.position p JOIN {eo}.consumer c ON c.id = p.consumer_id
+WHERE c.name = %(consumer)s
     AND (%(partition)s::int IS NULL OR p.topic_id = %(topic_id)s AND p.partition = %(partition)s)
 ORDER BY p.topic_id, p.partition FOR UPDATE OF p
 """
@@ -95,12 +97,18 @@ class PositionAdmin:
                 for row in self._run(connection, "SELECT name FROM {eo}.consumer WHERE topic <> '' ORDER BY name", {})
             ]
 
-    def move(self, line: PositionLine, offset: int) -> int:
-        """Set the position and fence its owner; returns the new epoch. On a crash: moved or not, never half."""
+    def move(self, line: PositionLine, offset: int, *, actor: str | None = None) -> int:
+        """Set the position and fence its owner, with an audit row; returns the new epoch.
+
+        On a crash: moved and recorded, or neither.
+        """
         place = {"topic_id": line.topic_id, "partition": line.partition}
         with self._database.brief(f"moving the position of {line.consumer}", lock_wait=_BATCH) as connection:
-            self._remember(connection, line.consumer, place)
+            before = self._remember(connection, line.consumer, place)
             epoch = int(self._run(connection, _SET, {"consumer": line.consumer, **place, "offset": offset})[0][0])
+            moved = {"from_offset": before[0][2] if before else None, "to_offset": offset, "epoch": epoch}
+            detail = {"topic": line.topic, "partition": line.partition, **moved}
+            self._record(connection, "position.set", line.consumer, actor, detail)
             events.emit("position.moving", consumer=line.consumer, partition=line.partition)
         events.emit("position.moved", consumer=line.consumer, partition=line.partition)
         return epoch
@@ -110,25 +118,36 @@ class PositionAdmin:
         with self._database.begin(f"counting the parked messages of {consumer}") as connection:
             _refuse(consumer, self._run(connection, _PARKED, {"consumer": consumer})[0][0])
 
-    def forget(self, consumer: str) -> int | None:
-        """Delete all positions of the consumer; returns how many there were, None without such a consumer.
+    def forget(self, consumer: str, *, actor: str | None = None) -> int | None:
+        """Delete all positions of the consumer, with an audit row that says where they stood; returns how many.
 
-        Raises FailClosed while messages of it are parked.
+        None without such a consumer. On a crash: gone and recorded, or neither. Raises FailClosed while messages of it
+        are parked.
         """
         with self._database.brief(f"forgetting the positions of {consumer}", lock_wait=_BATCH) as connection:
-            self._remember(connection, consumer, {"topic_id": None, "partition": None})
+            before = self._remember(connection, consumer, {"topic_id": None, "partition": None})
             # Under the locked positions: nobody parks another one.
             _refuse(consumer, self._run(connection, _PARKED, {"consumer": consumer})[0][0])
             positions, consumers = self._run(connection, _FORGET, {"consumer": consumer})[0]
+            if not consumers:
+                return None
+            detail = {"partitions": positions, "next_offsets": {f"{row[0]}[{row[1]}]": row[2] for row in before}}
+            self._record(connection, "position.forget", consumer, actor, detail)
             events.emit("position.forgetting", consumer=consumer)
         events.emit("position.forgotten", consumer=consumer)
-        return int(positions) if consumers else None
+        return int(positions)
 
-    def _remember(self, connection: Connection, consumer: str, place: dict[str, object]) -> None:
-        """How far the positions got: ids up to there are remembered, and will be forgotten."""
-        schema = self._database.schema
-        connection.exec_driver_sql(schema.sql(_LOCK), {"consumer": consumer, **place})
-        note_reached(connection, schema, consumer, place)
+    def _remember(self, connection: Connection, consumer: str, place: dict[str, object]) -> Sequence[Any]:
+        """Lock the positions and note how far they got: ids up to there are remembered, and will be forgotten."""
+        found = self._run(connection, _LOCK, {"consumer": consumer, **place})
+        note_reached(connection, self._database.schema, consumer, place)
+        return found
+
+    def _record(
+        self, connection: Connection, action: str, consumer: str, actor: str | None, detail: Mapping[str, object]
+    ) -> None:
+        who, subject = audit.whoever(actor), f"consumer/{consumer}"
+        audit.record(connection, self._database.schema, actor=who, action=action, subject=subject, detail=detail)
 
     def _run(self, connection: Connection, template: str, values: Mapping[str, object]) -> Sequence[Any]:
         sql = self._database.schema.sql(template)

@@ -16,7 +16,6 @@ from eoframework.errors import ConfigurationError, Retryable
 from eoframework.kafka.admin import Admin
 from eoframework.kafka.config import consumer_config
 from eoframework.kafka.faults import classify, kafka_error
-from eoframework.schema import Schema
 from eoframework.settings import Settings
 
 _log = logging.getLogger(__name__)
@@ -44,14 +43,16 @@ class CheckpointLog:
     def __init__(self, settings: Settings, admin: Admin, outbox_id: UUID) -> None:
         self.outbox_id = outbox_id
         self.topic = checkpoint_topic(outbox_id)
-        self.shard_table = Schema(settings.database_schema).sql("{eo}.relay_shard")
-        """What an operator has to name in the remedy of a contradiction."""
         self._admin = admin
         self._config = consumer_config(settings, group=self.topic, client_id="eo-relay-checkpoint") | {
             "enable.partition.eof": True,
             # A second look would have to wait for the first one's fetch, which waits for records that will not come.
             "fetch.wait.max.ms": 10,
         }
+
+    def cluster_id(self) -> str:
+        """Which cluster this is."""
+        return self._admin.cluster_id()
 
     def place(self, *, shards: int) -> CheckpointPlace:
         """Where the checkpoints are, after verifying that they are kept.

@@ -14,6 +14,8 @@ from eoframework.kafka.checkpoint import CheckpointLog, CheckpointPlace
 
 _log = logging.getLogger(__name__)
 
+_START_ANEW = "To go on here, after eo topics apply MODULE:APP where it is missing: eo outbox adopt"
+
 
 def settle(
     claim: Claim, shards: Shards, rows: PendingRows, checkpoints: CheckpointLog, *, shard_count: int
@@ -40,38 +42,55 @@ def settle(
         return place, state.batch_no
     _belongs(last, claim, checkpoints, place)
     if state.cluster_id is None or last.batch_no not in (state.batch_no, state.batch_no + 1):
-        raise _contradiction(
-            checkpoints, f"{claim}: Kafka's last batch is {last.batch_no}, the database's is {state.batch_no}.", last
-        )
+        raise _contradiction(f"{claim}: Kafka's last batch is {last.batch_no}, the database's is {state.batch_no}.")
     if last.batch_no == state.batch_no + 1:
-        _finish(claim, rows, last, checkpoints)
+        _finish(claim, rows, last)
     return place, last.batch_no
 
 
 def find_place(checkpoints: CheckpointLog, states: dict[int, ShardState], *, shard_count: int) -> CheckpointPlace:
     """The checkpoint topic, verified, and compared with the one these shards have used so far."""
+    # First: on another cluster the topic may be missing too, which is no loss there.
+    cluster_id = checkpoints.cluster_id()
+    for shard, state in states.items():
+        if state.cluster_id is not None and state.cluster_id != cluster_id:
+            raise FailClosed(
+                f"shard {shard} of this outbox was relayed to Kafka cluster {state.cluster_id}, this one is "
+                f"{cluster_id}.",
+                remedy=f"Correct EO_KAFKA_BOOTSTRAP_SERVERS or EO_DATABASE_URL. {_START_ANEW}",
+            )
     try:
         place = checkpoints.place(shards=shard_count)
     except UnknownTopic as error:
         if any(state.batch_no for state in states.values()):
             raise FailClosed(
                 f"checkpoint topic {checkpoints.topic} is gone, and with it what was published last.",
-                remedy=_start_anew(checkpoints),
+                remedy=_START_ANEW,
             ) from error
         raise
-    for shard, state in states.items():
-        if state.cluster_id is not None and state.cluster_id != place.cluster_id:
-            raise FailClosed(
-                f"shard {shard} of this outbox was relayed to Kafka cluster {state.cluster_id}, this one is "
-                f"{place.cluster_id}.",
-                remedy=f"Correct EO_KAFKA_BOOTSTRAP_SERVERS or EO_DATABASE_URL. {_start_anew(checkpoints)}",
-            )
+    for state in states.values():
         if state.topic_id is not None and state.topic_id != place.topic_id:
             raise FailClosed(
                 f"checkpoint topic {checkpoints.topic} was deleted and made again, so what was published last is lost.",
-                remedy=_start_anew(checkpoints),
+                remedy=_START_ANEW,
             )
     return place
+
+
+def refuse_set_back(checkpoints: CheckpointLog, shards: Shards) -> None:
+    """Stop before any shard is relayed if one of them was batches further than the database knows.
+
+    What `settle` finds too, but shard by shard, while the others send. Other relays may be at work: the states are read
+    after the checkpoints, so that a batch of theirs in between never looks like one that the database has lost.
+    """
+    lasts = {shard: checkpoints.last(shard) for shard in sorted(shards.states())}
+    behind = [
+        f"shard {shard}: Kafka's last batch is {last.batch_no}, the database's is {state.batch_no}"
+        for shard, state in sorted(shards.states().items())
+        if (last := lasts.get(shard)) is not None and last.batch_no > state.batch_no + 1
+    ]
+    if behind:
+        raise _contradiction(f"{'; '.join(behind)}.")
 
 
 def _first_use(
@@ -80,7 +99,7 @@ def _first_use(
     if state.batch_no != 0:
         raise FailClosed(
             f"{claim}: the database knows {state.batch_no} batches, the checkpoint topic none: it lost its records.",
-            remedy=_start_anew(checkpoints),
+            remedy=_START_ANEW,
         )
     if state.cluster_id is None:
         shards.bind(claim, cluster_id=place.cluster_id, topic_id=place.topic_id)
@@ -92,15 +111,15 @@ def _belongs(last: Checkpoint, claim: Claim, checkpoints: CheckpointLog, place: 
     if found != (checkpoints.outbox_id, claim.shard, place.cluster_id, place.topic_id):
         raise FailClosed(
             f"the last checkpoint in {checkpoints.topic}[{claim.shard}] is not this shard's: it was copied there.",
-            remedy="Checkpoint topics must not be mirrored or restored. " + _start_anew(checkpoints),
+            remedy=f"Checkpoint topics must not be mirrored or restored: delete {checkpoints.topic}. {_START_ANEW}",
         )
 
 
-def _finish(claim: Claim, rows: PendingRows, last: Checkpoint, checkpoints: CheckpointLog) -> None:
+def _finish(claim: Claim, rows: PendingRows, last: Checkpoint) -> None:
     try:
         rows.remove_published(claim, last)
     except RowsDiffer as error:
-        raise _contradiction(checkpoints, f"{claim}: {error.what}", last) from error
+        raise _contradiction(f"{claim}: {error.what}") from error
     _log.info(
         "relay %s: batch %d (%d rows) was in Kafka but not yet deleted; deleted now, nothing is sent twice.",
         claim,
@@ -110,20 +129,9 @@ def _finish(claim: Claim, rows: PendingRows, last: Checkpoint, checkpoints: Chec
     events.emit("relay.recovered", shard=claim.shard, batch_no=last.batch_no, rows=len(last.seqs))
 
 
-def _contradiction(checkpoints: CheckpointLog, what: str, last: Checkpoint) -> FailClosed:
+def _contradiction(what: str) -> FailClosed:
     return FailClosed(
         f"{what} The database was restored, promoted or copied.",
-        remedy=(
-            "If this database is to go on: its outbox rows will be sent, those sent before a second time (same message "
-            f"ids): UPDATE {checkpoints.shard_table} SET batch_no = {last.batch_no}, cluster_id = '{last.cluster_id}', "
-            f"checkpoint_topic_id = '{last.topic_id}' WHERE shard = {last.shard}; then start the relay."
-        ),
-    )
-
-
-def _start_anew(checkpoints: CheckpointLog) -> str:
-    return (
-        "To start anew, at the price that the last batch of each shard may be sent twice (same message ids): make the "
-        f"topic (eo topics apply), then UPDATE {checkpoints.shard_table} SET batch_no = 0, cluster_id = NULL, "
-        "checkpoint_topic_id = NULL."
+        remedy="If it takes the place of the one that sent those batches, which nobody uses any more: eo outbox adopt. "
+        "If it is a copy of one that lives on: eo db adopt copy",
     )

@@ -17,7 +17,7 @@ from eoframework.db.shards import Claim, Shards, Standing
 from eoframework.errors import ConfigurationError, Fenced, Retryable
 from eoframework.kafka.admin import Admin
 from eoframework.kafka.checkpoint import CheckpointLog
-from eoframework.relay.recovery import find_place
+from eoframework.relay.recovery import find_place, refuse_set_back
 from eoframework.relay.relay import ShardRelay, Surroundings
 from eoframework.relay.topics import Topics
 from eoframework.settings import Settings
@@ -64,13 +64,15 @@ class RelayWorker:
     def start(self) -> None:
         """Verify outbox and checkpoint topic; takes no shard yet.
 
-        Raises ConfigurationError (no checkpoint topic), FailClosed (another cluster, a lost checkpoint topic).
+        Raises ConfigurationError (no checkpoint topic), FailClosed (another cluster, a lost checkpoint topic, a
+        database that was set back).
         """
         outbox_id, shard_count = self._shards.outbox()
         self._refuse_unknown_shards(shard_count)
         checkpoints = CheckpointLog(self._settings, self._admin, outbox_id)
         if self._settings.relay_mode == "transactional":
             find_place(checkpoints, self._shards.states(), shard_count=shard_count)
+            refuse_set_back(checkpoints, self._shards)
         else:
             _log.warning("relay runs in idempotent mode: at least once; after a crash a batch may be sent twice.")
         self._around = Surroundings(

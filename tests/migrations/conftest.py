@@ -32,14 +32,14 @@ def empty(empty_url: str) -> Iterator[Database]:
 
 @pytest.fixture
 def add_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AddVersion:
-    """Make this code one that knows a version `eo0004` with the given upgrade."""
+    """Make this code one that knows a version `eo0005` with the given upgrade."""
 
     def add(upgrade: str) -> None:
         directory = tmp_path / "migrations"
         shutil.copytree(REPOSITORY / "migrations", directory)
-        (directory / "versions" / "0003_next.py").write_text(
+        (directory / "versions" / "0004_next.py").write_text(
             "from alembic import op\n"
-            "revision = 'eo0004'\ndown_revision = 'eo0003'\nbranch_labels = None\ndepends_on = None\n"
+            "revision = 'eo0005'\ndown_revision = 'eo0004'\nbranch_labels = None\ndepends_on = None\n"
             f"def upgrade():\n    {upgrade}\n"
             "def downgrade():\n    pass\n"
         )

@@ -108,7 +108,7 @@ class Deployment:
                 process.communicate()
 
 
-@pytest.fixture(params=["eo0001", "eo0002"])
+@pytest.fixture(params=["eo0001", "eo0002", "eo0003"])
 def deployment(
     request: pytest.FixtureRequest, tmp_path: Path, empty: Database, services: Addresses
 ) -> Iterator[Deployment]:

@@ -79,10 +79,10 @@ def test_an_upgrade_that_fails_halfway_leaves_nothing(empty: Database, add_versi
 
 def test_an_older_schema_names_the_command(database: Database, add_version: AddVersion) -> None:
     add_version("op.execute('CREATE TABLE eo.next (i int)')")
-    with pytest.raises(SchemaOutOfDate, match=r"at version eo0003, this code needs eo0004.*Run: eo db upgrade"):
+    with pytest.raises(SchemaOutOfDate, match=r"at version eo0004, this code needs eo0005.*Run: eo db upgrade"):
         migrating.check(database)
-    assert migrating.upgrade(database) == "eo0004"
-    assert migrating.check(database) == "eo0004"
+    assert migrating.upgrade(database) == "eo0005"
+    assert migrating.check(database) == "eo0005"
 
 
 def test_a_newer_schema_is_left_alone(database: Database) -> None:
