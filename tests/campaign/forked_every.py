@@ -1,0 +1,46 @@
+"""Every crash there is in a flow: each point alone, and each pair of a point and one hit in the recovery from it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+from tests.campaign.forked_case import FLOWS, Case, Kill
+from tests.campaign.forked_lane import Ran
+
+Run = Callable[[Case], Ran]
+
+
+def uncrashed(flow: str) -> Case:
+    return Case(FLOWS[flow], 0)
+
+
+def points(trace: list[str]) -> list[Kill]:
+    """Every event of a process, each as its name and how often that has come by then."""
+    seen: Counter[str] = Counter()
+    found = []
+    for name in trace:
+        seen[name] += 1
+        found.append(Kill(name, seen[name]))
+    return found
+
+
+def singles(flow: str, trace: list[str]) -> Iterator[Case]:
+    """Killed once, at each event of a run that is not killed."""
+    for kill in points(trace):
+        yield uncrashed(flow).killed(kill)
+
+
+def first_hits(trace: list[str]) -> list[Kill]:
+    """Every name once."""
+    return [Kill(name, 1) for name in dict.fromkeys(trace)]
+
+
+def pairs(single: Ran, *, all_hits: bool = False) -> Iterator[Case]:
+    """Killed at the same point, and then at each name of the recovery (or at each of its events)."""
+    case = Case.parse(single.case)
+    if len(single.traces) < 2:
+        return
+    recovery = single.traces[1]
+    for kill in points(recovery) if all_hits else first_hits(recovery):
+        yield case.killed(*case.kills, kill)
