@@ -231,6 +231,13 @@ class TransactionalProducer:
                 remedy=f"Grant WRITE and DESCRIBE on transactional ids with the prefix {_prefix(self._name)} "
                 "to this principal.",
             ) from error
+        if fault.code() == KafkaError.INVALID_TRANSACTION_TIMEOUT:
+            # Said again at every start until somebody changes a setting: to retry it would look like an outage.
+            raise ConfigurationError(
+                f"Kafka refuses transactions of {self._config['transaction.timeout.ms']} ms, asked for by {self._name}.",
+                remedy="Lower EO_TRANSACTION_TIMEOUT (for a transform EO_TRANSFORM_TRANSACTION_TIMEOUT), or raise the "
+                "brokers' transaction.max.timeout.ms.",
+            ) from error
         if not fault.retriable() or late or self._stopping():
             found = producer.call_failed(error, f"starting the producer {self._name}")
             if isinstance(found, RestartNeeded) or fault.retriable():
