@@ -27,7 +27,7 @@ from sqlalchemy import create_engine
 
 from eoframework import clock
 from tests.campaign.forked_case import FLOWS, Case, Kill, random_case
-from tests.campaign.forked_every import pairs, points, singles, uncrashed
+from tests.campaign.forked_every import new_points, pairs, points, singles, uncrashed
 from tests.campaign.forked_lane import Lane, Ran
 from tests.campaign.forked_pool import Pool
 from tests.campaign.forked_report import Report
@@ -66,11 +66,16 @@ class Campaign:
     # --- stages ---
 
     def _singles(self) -> list[Ran]:
-        traces = {ran.case.split("/")[0]: ran.traces[0] for ran in self._run(map(uncrashed, self._flows))}
-        cases = [case for flow, trace in traces.items() for case in singles(flow, trace)]
-        if self._options.first:
-            cases = [case for case in cases if case.kills[0].nth == 1]
+        left = [flow for flow in self._flows if not self._is_complete(flow)]
+        traces = {ran.case.split("/")[0]: ran.traces[0] for ran in self._run(map(uncrashed, left))}
+        each = {flow: list(singles(flow, trace)) for flow, trace in sorted(traces.items())}
+        cases = new_points(each) if self._options.first else [case for found in each.values() for case in found]
         return list(self._counted("singles", cases))
+
+    def _is_complete(self, flow: str) -> bool:
+        """Whether an earlier run has done all pairs of it."""
+        done, every = self._report.every.get("pairs", {}).get(flow, [0, 0])
+        return done == every > 0 and not self._options.again
 
     def _pairs(self, found: list[Ran]) -> None:
         cases = [case for single in found if _is_first(single) for case in pairs(single)]
@@ -199,7 +204,8 @@ def _arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1, help="of the drawn cycles")
     parser.add_argument("--stages", default=",".join(STAGES), help=f"of {', '.join(STAGES)}")
     parser.add_argument("--pairs", action="store_const", dest="stages", const="pairs", help="only every point and pair")
-    parser.add_argument("--first", action="store_true", help="of the points only the first hit of each")
+    parser.add_argument("--again", action="store_true", help="also the points and pairs that an earlier run has done")
+    parser.add_argument("--first", action="store_true", help="each point only once, in one of the flows that hit it")
     parser.add_argument("--sample", type=int, default=0, help="only every n-th pair of a flow")
     parser.add_argument("--flow", action="append", choices=sorted(FLOWS), help="only this one; may be repeated")
     parser.add_argument("--lanes", type=int, default=2)

@@ -31,6 +31,18 @@ def singles(flow: str, trace: list[str]) -> Iterator[Case]:
         yield uncrashed(flow).killed(kill)
 
 
+def new_points(each: dict[str, list[Case]]) -> list[Case]:
+    """Of all flows' cases one for each name; and one of every flow at least."""
+    known: set[str] = set()
+    found = []
+    for cases in each.values():
+        new = [case for case in cases if case.kills[0].nth == 1 and case.kills[0].point not in known]
+        known |= {case.kills[0].point for case in new}
+        first = [case for case in cases if case.kills[0].nth == 1]
+        found += new or first[len(first) // 2 :][:1]
+    return found
+
+
 def first_hits(trace: list[str]) -> list[Kill]:
     """Every name once."""
     return [Kill(name, 1) for name in dict.fromkeys(trace)]
