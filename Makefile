@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-containers test-cluster lint format venv clean
+.PHONY: help demo test test-containers test-cluster test-postgres lint format venv clean
 
 help: ## Show what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ test-containers: $(READY) ## docker-compose.yml, Dockerfile and testcontainers o
 
 test-cluster: $(READY) ## Transforms, workers and relay on three brokers that die, freeze and move: minutes, on a quiet machine
 	@$(BIN)/python -m pytest tests/cluster --durations=15
+
+test-postgres: $(READY) ## The spine on the oldest and newest PostgreSQL and through PgBouncer (pass PARTS='14 pgbouncer' for some)
+	@$(BIN)/python -m tests.postgres.tier $(PARTS) -- -n $(WORKERS)
 
 lint: $(READY) ## Style, types and import rules
 	@echo "== ruff"

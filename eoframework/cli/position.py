@@ -112,7 +112,7 @@ def _kind(text: str | None) -> ops.Kind | None:
 def _line(line: ops.AnyLine) -> str:
     if isinstance(line, TransformLine):
         return _transform_line(line)
-    holder = f"{line.owner}{'' if line.owner_connected else ' (not connected)'}" if line.owner else "nobody"
+    holder = f"{line.owner}{' (not connected)' if line.owner_connected is False else ''}" if line.owner else "nobody"
     where = f"handler {line.consumer} {line.topic}[{line.partition}]"
     return f"{where} next {line.next_offset} covered from {line.covered_from} epoch {line.epoch} held by {holder}"
 

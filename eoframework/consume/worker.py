@@ -21,7 +21,7 @@ from eoframework.consume.failure import ParkingFull
 from eoframework.consume.ownership import Ownership
 from eoframework.consume.start import Start, Surroundings
 from eoframework.db import home
-from eoframework.db.position import Claim, Positions, Stream
+from eoframework.db.position import Claim, Positions, Stream, session_name
 from eoframework.db.unit_of_work import Timeouts, WorkerConnection
 from eoframework.errors import HandlerFailed, LostConnection, Retryable
 from eoframework.handlers import Handler
@@ -87,9 +87,11 @@ class ConsumeWorker:
         settings, handler = self._settings, self._handler
         positions = Positions(self._app.database.schema)
         timeouts = Timeouts(settings.statement_timeout, settings.lock_timeout, settings.idle_in_transaction_timeout)
-        self._connection = WorkerConnection(self._app.database, timeouts, handler=handler.group)
-        self._stream = self._register(positions)
         owner = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
+        self._connection = WorkerConnection(
+            self._app.database, timeouts, handler=handler.group, session=session_name(owner)
+        )
+        self._stream = self._register(positions)
         self._ownership = Ownership(
             self._stream,
             positions,

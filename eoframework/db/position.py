@@ -13,6 +13,7 @@ from uuid import UUID
 
 from sqlalchemy import Connection
 
+from eoframework.db.links import link_of
 from eoframework.errors import RestartNeeded
 from eoframework.schema import Schema
 
@@ -39,29 +40,31 @@ ORDER BY p
 ON CONFLICT (consumer_id, topic_id, partition) DO UPDATE
     SET covered_from = greatest(old.covered_from, excluded.covered_from)
 """
+# Behind a pooler no session is ours: the next transaction runs in another one, and this one serves somebody else.
+_SESSION = "CASE WHEN NOT %(pooled)s THEN a.pid END, CASE WHEN NOT %(pooled)s THEN a.backend_start END"
 _CLAIM = """
 INSERT INTO {eo}.position AS p (consumer_id, topic_id, partition, topic, cluster_id, next_offset,
     epoch, owner, backend_pid, backend_start, claimed_at)
 SELECT %(consumer_id)s, %(topic_id)s, %(partition)s, %(topic)s, %(cluster_id)s, 0,
-    1, %(owner)s, a.pid, a.backend_start, clock_timestamp()
+    1, %(owner)s, {session}, clock_timestamp()
 FROM pg_stat_activity a WHERE a.pid = pg_backend_pid() AND EXISTS (SELECT FROM {eo}.position
     WHERE consumer_id = %(consumer_id)s AND topic_id = %(topic_id)s)
 ON CONFLICT (consumer_id, topic_id, partition) DO UPDATE SET epoch = p.epoch + 1, owner = excluded.owner,
     unclean_at = CASE WHEN %(unclean)s THEN p.next_offset END,
     backend_pid = excluded.backend_pid, backend_start = excluded.backend_start, claimed_at = excluded.claimed_at
 RETURNING next_offset, epoch
-"""
+""".replace("{session}", _SESSION)
 _HOLDER = """
 SELECT owner, next_offset = unclean_at FROM {eo}.position
 WHERE consumer_id = %(consumer_id)s AND topic_id = %(topic_id)s AND partition = %(partition)s FOR NO KEY UPDATE
 """
 _RECLAIM = """
-UPDATE {eo}.position SET epoch = epoch + 1, backend_pid = a.pid, backend_start = a.backend_start,
+UPDATE {eo}.position SET epoch = epoch + 1, (backend_pid, backend_start) = ROW({session}),
     claimed_at = clock_timestamp()
 FROM pg_stat_activity a WHERE a.pid = pg_backend_pid() AND consumer_id = %(consumer_id)s
     AND topic_id = %(topic_id)s AND partition = %(partition)s AND epoch = %(epoch)s
 RETURNING next_offset, epoch
-"""
+""".replace("{session}", _SESSION)
 # The rows are locked in partition order first: an UPDATE ... FROM unnest locks in join order, and two workers that
 # dispute two partitions would deadlock.
 _ADVANCE = """
@@ -94,12 +97,20 @@ WHERE p.consumer_id = %(consumer_id)s AND p.topic_id = %(topic_id)s AND p.partit
     AND p.epoch = f.epoch
 """
 # xmax of the visible version is the transaction that holds the row: with it the recorded backend is terminated only
-# while it really stands in the way, never because its pid was used again.
+# while it really stands in the way, never because its pid was used again. Behind a pooler the owner's name, which its
+# transactions carry (session_name), stands for the backend: whoever else holds the row is let be.
 _TERMINATE = """
 SELECT pg_terminate_backend(a.pid) FROM {eo}.position p JOIN pg_stat_activity a
-    ON a.pid = p.backend_pid AND a.backend_start = p.backend_start AND a.backend_xid::text = p.xmax::text
+    ON a.backend_xid::text = p.xmax::text AND CASE WHEN p.backend_pid IS NULL
+        THEN a.application_name = 'eo ' || right(p.owner, 60) AND a.datname = current_database()
+        ELSE a.pid = p.backend_pid AND a.backend_start = p.backend_start END
 WHERE p.consumer_id = %(consumer_id)s AND p.topic_id = %(topic_id)s AND p.partition = %(partition)s
 """
+
+
+def session_name(owner: str) -> str:
+    """How an owner's transactions are named behind a pooler; 63 bytes are what PostgreSQL keeps of a name."""
+    return "eo " + owner[-60:]
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +199,7 @@ class Positions:
         the consumer's first start and begins at 0; where no partition has a row, `eo position forget` came after our
         registration, and beginning at 0 would ignore `start`: raises RestartNeeded.
         """
-        values = {**stream.row(), "partition": partition, "owner": owner}
+        values = {**stream.row(), "partition": partition, "owner": owner, "pooled": link_of(connection).pooled}
         holder = self._all(connection, "holder", values)
         unclean = bool(holder) and holder[0][0] not in {None, owner}
         found = self._all(connection, "claim", {**values, "unclean": unclean})
@@ -206,7 +217,7 @@ class Positions:
         happened: a plain SELECT could read the value from before.
         """
         values = {**stream.key(), "partition": claim.partition, "epoch": claim.epoch}
-        found = self._all(connection, "reclaim", values)
+        found = self._all(connection, "reclaim", {**values, "pooled": link_of(connection).pooled})
         return Claim(claim.partition, epoch=found[0][1], next_offset=found[0][0]) if found else None
 
     def advance(

@@ -20,8 +20,8 @@ from eoframework.errors import FailClosed
 # took a running worker for a dead one would move its partitions.
 _ROWS = """
 SELECT c.name, p.topic, p.topic_id, p.partition, p.next_offset, p.epoch, p.owner, p.claimed_at,
-    EXISTS (SELECT FROM pg_stat_activity a WHERE a.pid = p.backend_pid
-        AND coalesce(a.backend_start = p.backend_start, true)),
+    CASE WHEN p.owner IS NULL OR p.backend_pid IS NOT NULL THEN EXISTS (SELECT FROM pg_stat_activity a
+        WHERE a.pid = p.backend_pid AND coalesce(a.backend_start = p.backend_start, true)) END,
     coalesce(v.covered_from, 0)
 FROM {eo}.position p JOIN {eo}.consumer c ON c.id = p.consumer_id
     LEFT JOIN {eo}.coverage v USING (consumer_id, topic_id, partition)
@@ -72,8 +72,9 @@ class PositionLine:
     epoch: int
     owner: str | None
     claimed_at: datetime | None
-    owner_connected: bool
-    """Whether the owner's database session is still open: a crash leaves the owner's name behind, but no session."""
+    owner_connected: bool | None
+    """Whether the owner's database session is still open: a crash leaves the owner's name behind, but no session. None
+    behind a pooler, where nobody keeps a session."""
     covered_from: int
     """From here on the ids of the messages processed are all remembered: sent again, they have no second effect."""
 

@@ -23,6 +23,7 @@ from sqlalchemy.orm import Session, SessionTransaction, scoped_session
 from sqlalchemy.util.concurrency import in_greenlet
 
 from eoframework import events
+from eoframework.db.links import watch
 from eoframework.db.outbox import Outbox
 from eoframework.db.savepoints import SessionBuffer, next_place
 from eoframework.errors import ConfigurationError
@@ -128,6 +129,7 @@ def _two_phase() -> ConfigurationError:
 def _listen(connection: Connection) -> None:
     engine = connection.engine
     if not event.contains(engine, "commit", _on_commit):
+        watch(engine)
         for name, listener in _LISTENERS.items():
             event.listen(engine, name, listener)
 

@@ -24,7 +24,10 @@ _REFUSED = re.compile(
     r"password authentication failed|no password supplied|no pg_hba\.conf entry|role \".*\" does not exist"
     r"|database \".*\" does not exist|is not permitted to log in|permission denied for database"
     r"|authentication failed for user|certificate verify failed|server does not support SSL|invalid connection option"
-    r"|invalid URI|root certificate file .* does not exist|invalid sslmode",
+    r"|invalid URI|root certificate file .* does not exist|invalid sslmode"
+    # PgBouncer's words.
+    r"|unsupported startup parameter|no such database|no such user|SASL authentication failed"
+    r"|not allowed in statement pooling mode",
     re.IGNORECASE,
 )
 _TELL_EVERY = 30.0
@@ -74,8 +77,9 @@ def check_rights(database: Database, purpose: Purpose = "app") -> None:
 def where(database: Database) -> str:
     """The database as host:port/name, without user and password."""
     url = database.engine.url
-    host = url.host or url.query.get("host") or "local socket"
-    return f"{host}{f':{url.port}' if url.port else ''}/{url.database or ''}"
+    hosts = url.host or url.query.get("host") or "local socket"
+    listed = hosts if isinstance(hosts, str) else ",".join(hosts)
+    return f"{listed}{f':{url.port}' if url.port else ''}/{url.database or ''}"
 
 
 def _trouble(database: Database) -> str | None:

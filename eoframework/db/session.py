@@ -10,6 +10,7 @@ from sqlalchemy import Connection, Engine, create_engine, make_url
 from sqlalchemy.orm import Session, sessionmaker
 
 from eoframework.db.faults import classified
+from eoframework.db.links import check_confirmed, watch
 from eoframework.errors import ConfigurationError
 from eoframework.schema import Schema
 
@@ -42,12 +43,15 @@ class Database:
                 f"the engine uses {self.engine.dialect.name}+{self.engine.dialect.driver}.",
                 remedy="eoframework needs PostgreSQL through psycopg 3: postgresql+psycopg://...",
             )
+        watch(self.engine)
 
     @contextmanager
     def begin(self, what: str) -> Iterator[Connection]:
         """One short transaction; errors leave classified (db/faults.py), `what` names the work in their message."""
-        with classified(what), self.engine.begin() as connection:
-            yield connection
+        with classified(what), self.engine.connect() as connection:
+            with connection.begin():
+                yield connection
+            check_confirmed(connection, what)
 
     @contextmanager
     def brief(self, what: str, *, lock_wait: float = 5) -> Iterator[Connection]:
@@ -63,6 +67,7 @@ class Database:
             with connection.begin():
                 connection.exec_driver_sql(_BRIEF, timeouts)
                 yield connection
+            check_confirmed(connection, what)
 
 
 # A host that vanished (no reset, no answer) would hold a worker for minutes or hours: statement_timeout is the

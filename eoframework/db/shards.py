@@ -11,6 +11,7 @@ from sqlalchemy import Connection
 from sqlalchemy.engine.interfaces import IsolationLevel
 
 from eoframework.db.faults import classified
+from eoframework.db.links import check_confirmed
 from eoframework.db.session import Database
 from eoframework.errors import Fenced
 from eoframework.settings import Settings
@@ -231,6 +232,7 @@ class Shards:
         # statement, or behind a row lock, and READ COMMITTED is what makes it see the newest row.
         with classified(what), self._database.engine.connect() as connection:
             yield connection.execution_options(isolation_level=isolation)
+            check_confirmed(connection, what)
 
 
 def _values(claim: Claim) -> dict[str, object]:

@@ -18,6 +18,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from eoframework import events
 from eoframework.db.faults import classified
+from eoframework.db.links import check_confirmed, link_of
 from eoframework.db.session import Database
 from eoframework.errors import ConfigurationError, FailClosed, HandlerMisuse, LostConnection
 
@@ -29,6 +30,8 @@ SELECT set_config('statement_timeout', %(statement)s, true), set_config('lock_ti
         CASE WHEN current_setting('synchronous_commit') IN ('off', 'local') THEN 'on'
              ELSE current_setting('synchronous_commit') END, true)
 """
+# Behind a pooler the session says nothing of whose transaction it is: a successor finds the one it has to end by this.
+_NAMED = f"{_SETTINGS.rstrip()}, set_config('application_name', %(session)s, true)\n"
 _GAP = r"(?:\s|;|--[^\n]*|/\*.*?\*/)*"
 _END = r"(?:commit|abort|rollback(?!\s+(?:work\s+|transaction\s+)?to\b)|prepare\s+transaction"
 _ENDS_TRANSACTION = re.compile(rf"{_GAP}{_END}|end|begin|start)\b", re.I | re.S)
@@ -51,9 +54,10 @@ class Timeouts:
 class WorkerConnection:
     """The one connection of a worker thread; opened when needed, thrown away after any doubt."""
 
-    def __init__(self, database: Database, timeouts: Timeouts, *, handler: str) -> None:
+    def __init__(self, database: Database, timeouts: Timeouts, *, handler: str, session: str | None = None) -> None:
+        """`session` names its transactions where a pooler stands between."""
         self._database = database
-        self._timeouts = timeouts.values()
+        self._settings = {**timeouts.values(), "session": session}
         self._handler = handler
         self.on_open: Callable[[], None] = lambda: None
         """Called after a new connection was opened: whatever names the old one is out of date."""
@@ -76,9 +80,10 @@ class WorkerConnection:
             self._rolled_back = False
             transaction = connection.begin()
             try:
-                connection.exec_driver_sql(_SETTINGS, self._timeouts)
+                named = self._settings["session"] is not None and link_of(connection).pooled
+                connection.exec_driver_sql(_NAMED if named else _SETTINGS, self._settings)
                 yield connection
-                self._commit(transaction)
+                self._commit(transaction, what)
             except BaseException:
                 self._roll_back(transaction)
                 raise
@@ -108,7 +113,7 @@ class WorkerConnection:
             self.on_open()
         return self._connection
 
-    def _commit(self, transaction: RootTransaction) -> None:
+    def _commit(self, transaction: RootTransaction, what: str) -> None:
         if not transaction.is_active:
             raise HandlerMisuse(f"{self._handler} ended the database transaction.", remedy=_LEAVE_IT)
         self._committing = True
@@ -117,6 +122,7 @@ class WorkerConnection:
             transaction.commit()
         finally:
             self._committing = False
+        check_confirmed(transaction.connection, what)
         events.emit("db.committed")
 
     def _roll_back(self, transaction: RootTransaction) -> None:
