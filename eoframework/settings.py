@@ -259,6 +259,12 @@ def environment(**changes: str) -> dict[str, str]:
     return {**os.environ, **changes}
 
 
+def replace_environment(values: Mapping[str, str]) -> None:
+    """Let this process's environment be these variables: for one that was forked to be another program."""
+    os.environ.clear()
+    os.environ.update(values)
+
+
 def take_crash_points() -> dict[str, str]:
     """The variables that say where this process is to kill itself, which are gone then: its children run as ever."""
     return {name: os.environ.pop(name) for name in CRASH_POINTS if name in os.environ}

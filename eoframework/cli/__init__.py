@@ -27,6 +27,7 @@ COMMANDS = {
     "position": "Where consumers stand: show, set, forget.",
     "reprocess": "Send a range of a topic through a handler again.",
     "external": "Calls outside the database that nobody knows about: ls, resolve.",
+    "crashtest": "Kill your own app at each point of its flow, and compare.",
 }
 
 _EPILOG = (

@@ -41,6 +41,11 @@ class CrashPoint:
         self._seen: Counter[str] = Counter()
         self._sending = False
 
+    @property
+    def seen(self) -> Counter[str]:
+        """How often each event has come by, as NAME:n counts them."""
+        return self._seen
+
     def on_event(self, name: str, fields: dict[str, object]) -> None:
         """To be subscribed (eoframework.events)."""
         thread = threading.current_thread().name

@@ -105,7 +105,8 @@ class Globals:
         return [
             Change(name, _short(before[name]), _short(after))
             for name, after in self._last.items()
-            if name in before and before[name] != after
+            # What was made when it was first needed, such as an engine, says nothing: it begins with [.
+            if name in before and before[name] != after and not after.startswith("[")
         ]
 
     def _is_ours(self, module: ModuleType) -> bool:
@@ -147,7 +148,7 @@ def _told(value: object, modules: Collection[str], depth: int = _DEPTH) -> str:
         return f"{type(value).__name__} of {len(value)}: {inside}"
     if type(value).__module__ in modules:
         return f"{type(value).__name__}({_told(_attributes(value), modules, depth - 1)})"
-    return type(value).__name__
+    return f"[{type(value).__name__}]"
 
 
 def _attributes(value: object) -> dict[str, Any]:

@@ -98,3 +98,43 @@ def published(connection: Connection, schema: Schema) -> list[OutboxRow]:
         for identity, topic, key, payload, headers in connection.exec_driver_sql(schema.sql(statement)).all():
             rows.append(OutboxRow(identity, topic, key, payload, tuple(decode_headers(headers))))
     return rows
+
+
+def outbox_of(connection: Connection, schema: Schema) -> tuple[UUID, int]:
+    """The outbox's id, and how many shards it has."""
+    found = connection.exec_driver_sql(schema.sql("SELECT id, shards FROM {eo}.outbox")).one()
+    return found[0], found[1]
+
+
+def waiting(connection: Connection, schema: Schema) -> int:
+    """How many messages wait to be published, or to be tried again; those that wait for a person do not count."""
+    statement = """
+        SELECT (SELECT count(*) FROM {eo}.outbox_message m WHERE NOT EXISTS (SELECT FROM {eo}.outbox_held h
+                    WHERE h.topic = m.topic AND h.key_digest = sha256(m.key)))
+            + (SELECT count(*) FROM {eo}.delayed_message)
+            + (SELECT count(*) FROM {eo}.parked_message m JOIN {eo}.parked_key k
+                    USING (consumer_id, topic_id, partition, lane) WHERE NOT k.held)
+    """
+    return int(connection.exec_driver_sql(schema.sql(statement)).scalar_one())
+
+
+def stands(connection: Connection, schema: Schema) -> dict[tuple[str, str, int], int]:
+    """Where each handler stands: (consumer, topic, partition) -> next offset."""
+    statement = """
+        SELECT c.name, p.topic, p.partition, p.next_offset FROM {eo}.position p
+        JOIN {eo}.consumer c ON c.id = p.consumer_id
+    """
+    found = connection.exec_driver_sql(schema.sql(statement)).all()
+    return {(row[0], row[1], row[2]): row[3] for row in found}
+
+
+def letters(connection: Connection, schema: Schema) -> list[Row]:
+    """The dead letters, without what is another in each run: numbers and times."""
+    statement = """
+        SELECT coalesce(c.name, 'relay'), d.topic, encode(d.key, 'escape'), encode(d.payload, 'escape'), d.error_class,
+            d.error
+        FROM {eo}.dead_letter d LEFT JOIN {eo}.consumer c ON c.id = d.consumer_id ORDER BY d.id
+    """
+    names = ("consumer", "topic", "key", "payload", "error_class", "error")
+    found = connection.exec_driver_sql(schema.sql(statement)).all()
+    return [dict(zip(names, row, strict=True)) for row in found]

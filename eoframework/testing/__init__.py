@@ -1,6 +1,6 @@
 """What tests of programs built on eoframework need.
 
-`plugin`: the pytest fixture `eo`, there wherever eoframework is installed.
+`plugin`: the pytest fixtures `eo` and `eo_crash`, there wherever eoframework is installed (docs/crashtest.md).
 `containers`: real services in containers.
 """
 
@@ -10,10 +10,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from eoframework.testing.plugin_crash import CrashTests as CrashTests
     from eoframework.testing.plugin_database import TestDatabases as TestDatabases
     from eoframework.testing.plugin_eo import Eo as Eo
 
-_HOMES = {"Eo": "plugin_eo", "TestDatabases": "plugin_database"}
+_HOMES = {"Eo": "plugin_eo", "TestDatabases": "plugin_database", "CrashTests": "plugin_crash"}
 
 
 def __getattr__(name: str) -> object:

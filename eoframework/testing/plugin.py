@@ -1,4 +1,4 @@
-"""The pytest plugin: `eo` runs handlers on a real database, twice, as a crash would have it.
+"""The pytest plugin: `eo` runs handlers on a real database, `eo_crash` kills a real process at each point of its flow.
 
     def test_an_order_takes_stock(eo):
         with eo.session() as session:
@@ -19,6 +19,7 @@ import pytest
 from eoframework import testing
 
 if TYPE_CHECKING:
+    from eoframework.testing.plugin_crash import CrashTests
     from eoframework.testing.plugin_database import Tables, TestDatabases
     from eoframework.testing.plugin_eo import Eo
 
@@ -47,3 +48,13 @@ def eo(eo_databases: TestDatabases, monkeypatch: pytest.MonkeyPatch) -> Iterator
         monkeypatch.setenv("EO_DATABASE_URL", url)
         with testing.Eo(url, schema=eo_databases.schema) as eo:
             yield eo
+
+
+@pytest.fixture(scope="session")
+def eo_crash() -> Iterator[CrashTests]:
+    """`eo_crash("shop.app:app", (topic, payload), ...)`: the app's own processes, killed and started again.
+
+    Starts a Kafka broker and a PostgreSQL server of its own, for the session; see testing.CrashTests.
+    """
+    with testing.CrashTests() as crashes:
+        yield crashes

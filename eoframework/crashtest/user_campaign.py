@@ -1,0 +1,224 @@
+"""Kill the application at each point of its own flow, and hold what it comes to against runs without a crash."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from eoframework import clock
+from eoframework.crashtest.findings import Beside, History, PointResult, Report
+from eoframework.crashtest.load import Sending, keys_of
+from eoframework.crashtest.points import BOUNDARIES, FLOWS, NAMES
+from eoframework.crashtest.reference import Difference, Reference
+from eoframework.crashtest.state import LETTERS
+from eoframework.crashtest.user_run import Result, Role, Run, UserApp
+from eoframework.crashtest.user_stage import Stage
+from eoframework.errors import ConfigurationError
+
+_BATCH = 7
+_OTHER_BATCHES = (5, 3)
+_AHEAD = 1_000
+_SMALLER = (1, 3, 10, 30)
+_NOTHING_AFTER = "–"
+_PUBLISHED = ("relay.selected", "relay.made_due")
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How much of it."""
+
+    seed: int
+    minutes: float | None = None
+    points: tuple[str, ...] = ()
+    """Names of events or of flows; all that are passed without any."""
+    allowed: tuple[str, ...] = ()
+    """What handlers may do besides."""
+
+
+class Campaign:
+    """One load, and a crash at each point at which it can be hit."""
+
+    def __init__(
+        self, stage: Stage, app: UserApp, load: Sequence[Sending], options: Options, *, say: Callable[[str], None]
+    ) -> None:
+        """say: told what is being done, a line at a time."""
+        unknown = sorted(set(options.points) - NAMES - set(FLOWS))
+        if unknown:
+            raise ConfigurationError(
+                f"there is no point {', '.join(unknown)}.", remedy=f"Give events, or flows: {', '.join(FLOWS)}."
+            )
+        self._stage = stage
+        self._app = app
+        self._load = load
+        self._options = options
+        self._say = say
+        self._dice = random.Random(options.seed)
+        self._deadline = None if options.minutes is None else clock.monotonic() + options.minutes * 60
+        self._others = list(_OTHER_BATCHES)
+        self._statements: set[str] = set()
+
+    def run(self) -> Report:
+        """All points there is time for.
+
+        Raises ConfigurationError when the application does not come to its end even without a crash.
+        """
+        began = clock.monotonic()
+        report = Report(self._app.reference, self._options.seed, len(self._load))
+        first = self._undisturbed(_BATCH)
+        self._refuse_a_load_that_does_nothing(first)
+        # What has nothing to relay needs no relay.
+        if not any(name in first.hits.get("relay", {}) for name in _PUBLISHED):
+            self._app = replace(self._app, publishes=False)
+        second = self._undisturbed(self._others.pop(0), ahead=_AHEAD)
+        self._first = first
+        reference = Reference.of(first.state, second.state, keys=keys_of(self._load))
+        self._beside(report, (*first.told, *second.told))
+        cells = self._cells(first)
+        self._say(f"{len(cells)} points in {clock.monotonic() - began:.0f} s; each is one crash")
+        for number, (role, point) in enumerate(cells):
+            if self._deadline is not None and clock.monotonic() > self._deadline:
+                report.skipped = len(cells) - number
+                break
+            reference = self._cell(report, reference, role, point)
+            spent = (clock.monotonic() - began) / (number + 3)
+            self._say(
+                f"{number + 1}/{len(cells)} {_line(report.points[-1])}; {spent * (len(cells) - number - 1):.0f} s left"
+            )
+        self._beside(report, ())
+        report.left_out, report.unsteady = reference.left_out, reference.unsteady
+        report.seconds = clock.monotonic() - began
+        return report
+
+    def _refuse_a_load_that_does_nothing(self, first: Result) -> None:
+        letters = first.state.tables[LETTERS].rows
+        sent = {(one.topic, one.key, one.value) for one in self._load}
+        if len(letters) >= len(sent):
+            raise ConfigurationError(
+                f"every message was given up, also without a crash; the first one: {letters[0]['consumer']}: "
+                f"{letters[0]['error_class']}: {letters[0]['error']}.",
+                remedy="Fill the tables with what they ask for (--setup), or send others (--sample).",
+            )
+
+    # --- runs ---
+
+    def _undisturbed(self, batch: int, *, ahead: int = 0) -> Result:
+        self._say(f"a run without a crash, {len(self._load)} messages, {batch} at a time")
+        result = Run(self._stage, self._app, self._load, batch=batch).go(watched=True, ahead=ahead)
+        if result.trouble:
+            raise ConfigurationError(
+                f"{self._app.reference} does not come to its end even without a crash: {result.trouble}",
+                remedy="Mend that first, or give it another load (--sample).",
+            )
+        self._statements.update(result.state.outside)
+        return result
+
+    def _cell(self, report: Report, reference: Reference, role: Role, point: str) -> Reference:
+        result = Run(self._stage, self._app, self._load, batch=_BATCH).go(crash=(role, point))
+        self._statements.update(result.state.outside)
+        found = [] if result.trouble else reference.compare(result.state)
+        while found and self._others:
+            # Two runs may have been the same by chance: what is another thing each time is no crash's doing.
+            other = self._undisturbed(self._others.pop(0), ahead=_AHEAD * 7)
+            reference = _steadier(reference, Reference.of(self._first.state, other.state, keys=keys_of(self._load)))
+            found = reference.compare(result.state)
+        report.points.append(PointResult(role, point, result.died, found, result.trouble))
+        if found and report.history is None:
+            report.history = self._smallest(reference, role, point, found)
+        return reference
+
+    def _smallest(self, reference: Reference, role: Role, point: str, found: list[Difference]) -> History:
+        """The beginning of the load that is enough to see it."""
+        point_at_once = f"{point.rpartition(':')[0]}:1"
+        for size in _SMALLER:
+            if size >= len(self._load):
+                break
+            load = self._load[:size]
+            self._say(f"the same with {size} messages")
+            calm = Run(self._stage, self._app, load, batch=_BATCH).go()
+            crashed = Run(self._stage, self._app, load, batch=_BATCH).go(crash=(role, point_at_once))
+            smaller = replace(reference, state=calm.state)
+            again = [] if calm.trouble or crashed.trouble else smaller.compare(crashed.state)
+            if again:
+                return History(role, point_at_once, load, again)
+        return History(role, point, self._load, found)
+
+    # --- points ---
+
+    def _cells(self, first: Result) -> list[tuple[Role, str]]:
+        """Each point that was passed: at its first time, at some other, and in the call that follows it."""
+        once: list[tuple[Role, str]] = []
+        later: list[tuple[Role, str]] = []
+        inside: list[tuple[Role, str]] = []
+        writes = {boundary.name for boundary in BOUNDARIES if boundary.after != _NOTHING_AFTER}
+        for role, hits in first.hits.items():
+            for name, times in hits.items():
+                if not self._wanted(name):
+                    continue
+                once.append((role, f"{name}:1"))
+                if times > 1:
+                    later.append((role, f"{name}:{self._dice.randint(2, times)}"))
+                if name in writes:
+                    inside.append((role, f"{name}+:1"))
+        return [*once, *later, *inside]
+
+    def _wanted(self, name: str) -> bool:
+        bare = name.removeprefix("moving ")
+        if bare not in NAMES:
+            return False
+        flows = {boundary.flow for boundary in BOUNDARIES if boundary.name == bare}
+        return not self._options.points or bool({bare, *flows} & set(self._options.points))
+
+    # --- besides ---
+
+    def _beside(self, report: Report, told: Collection[dict[str, Any]]) -> None:
+        known = {one.name for one in report.beside}
+        found = [_told(one) for one in told] + [_statement(statement) for statement in sorted(self._statements)]
+        for one in found:
+            if one.name not in known and not any(name in one.name for name in self._options.allowed):
+                known.add(one.name)
+                report.beside.append(one)
+
+
+def _told(one: dict[str, Any]) -> Beside:
+    if one["kind"] == "global":
+        return Beside(
+            "variable",
+            one["name"],
+            f"a handler changed the variable {one['name']}: it was {one['before']} and is {one['after']}",
+            "After a crash it begins anew, and with more than one process each has its own: keep it in a table.",
+        )
+    where = f" at {one['where']}" if one["where"] else ""
+    return Beside(
+        "call",
+        one["what"],
+        f"a handler called {one['what']}{where} inside its transaction",
+        "A message that runs again calls again: declare an External, or publish a message.",
+    )
+
+
+def _statement(statement: str) -> Beside:
+    return Beside(
+        "statement",
+        statement,
+        f"a handler wrote on another connection, outside its transaction: {statement}",
+        "It stays when the message is rolled back: use tx.session.",
+    )
+
+
+def _steadier(one: Reference, other: Reference) -> Reference:
+    names = one.left_out.keys() | other.left_out.keys()
+    nothing: frozenset[str] = frozenset()
+    return Reference(
+        one.state,
+        {name: one.left_out.get(name, nothing) | other.left_out.get(name, nothing) for name in names},
+        one.unsteady | other.unsteady,
+        {name: lane for name, lane in one.lanes.items() if other.lanes.get(name) == lane},
+    )
+
+
+def _line(point: PointResult) -> str:
+    said = "killed" if point.died else "not reached"
+    what = "" if point.clean else f", {'unresolved' if point.trouble else 'DIFFERS'}"
+    return f"eo {point.process} {point.point}: {said}{what}"
