@@ -2,8 +2,9 @@
 
 One process imports everything, opens nothing, and forks one child for each life. A cycle is: a child is killed at a
 boundary, its successor perhaps too, the last one comes to the end; then everything that is left is checked. First each
-event of every flow alone, then every ordered pair of a boundary and one that the recovery from it hits, then cases
-drawn by seed with up to eight crashes each. A run adds to its report and goes on where the last one ended.
+event of every flow alone, then every ordered pair of a boundary and one that the recovery from it hits, then a process
+frozen at each event and woken when its successor has done everything, then cases drawn by seed with up to eight crashes
+each. A run adds to its report and goes on where the last one ended.
 
     --replay 'failure/0/db.committing:3,consume.claimed:1'     one cycle again, with all that happened in it
     --replay 7:1234                                            the 1234th drawn cycle of seed 7
@@ -27,7 +28,7 @@ from sqlalchemy import create_engine
 
 from eoframework import clock
 from tests.campaign.forked_case import FLOWS, Case, Kill, random_case
-from tests.campaign.forked_every import new_points, pairs, points, singles, uncrashed
+from tests.campaign.forked_every import new_points, pairs, points, singles, uncrashed, zombies
 from tests.campaign.forked_lane import Lane, Ran
 from tests.campaign.forked_pool import Pool
 from tests.campaign.forked_report import Report
@@ -36,7 +37,7 @@ from tests.campaign.forked_without import CASES
 from tests.processes import REPOSITORY
 
 REPORT = REPOSITORY / "docs" / "campaign" / "forked.json"
-STAGES = ("singles", "pairs", "random")
+STAGES = ("singles", "pairs", "zombies", "random")
 _TELL_EVERY = 15.0
 
 
@@ -54,10 +55,12 @@ class Campaign:
 
     def run(self) -> None:
         stages = self._options.stages.split(",")
-        if "singles" in stages or "pairs" in stages:
+        if {"singles", "pairs", "zombies"} & set(stages):
             found = self._singles()
             if "pairs" in stages:
                 self._pairs(found)
+            if "zombies" in stages:
+                list(self._counted("zombies", [case for single in found for case in zombies(single)]))
         if "random" in stages:
             seed = self._options.seed
             list(self._run(self._drawn(seed)))

@@ -19,9 +19,14 @@ TOPIC, OUT = "forked", "forked.out"
 ATTEMPTS = 2
 EVER = 1_000_000
 ANY = "*"
+WRITTEN = 9
+"""Stands for the partition in what the application publishes by itself."""
 Place = tuple[int, int]
-Fails = Literal["never", "raises", "sql", "later", "rejects", "undecodable", "kills", "refused"]
-"""`kills`: its handler ends the process; `refused`: Kafka takes what is published for it only after it was healed."""
+Fails = Literal[
+    "never", "raises", "sql", "later", "rejects", "undecodable", "kills", "refused", "late", "undone", "breaks"
+]
+"""`kills`: its handler ends the process. `refused`: Kafka takes what is published for it only after it was healed.
+`late`: what is published for it is delayed. Of calls outside, `undone`: surely not made; `breaks`: made, no answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +76,8 @@ class Flow:
     relay_after_dead: AfterDead = "continue"
     prunes: bool = False
     reprocesses: bool = False
+    writes: int = 0
+    """Transactions of the application's own that publish."""
     messages: int = 7
     pause: float = 0.0
     """Seconds between attempts. What waits longer is tried when all that has come is done with, so others come
@@ -100,9 +107,14 @@ FLOWS = {
         Flow("external-ask", (_OK, _OK, ("raises", 1), ("rejects", EVER)), external="ask", messages=4),
         Flow("external-retry", (_OK, ("raises", 1), _OK), external="retry", messages=4),
         Flow("external-give-up", (_OK, ("raises", 1), _OK), external="give_up", messages=3),
+        Flow(
+            *("external-resolve", (_OK, ("breaks", 1), ("undone", 1), _OK, ("breaks", 1))),
+            **{"external": "ask", "operator": True, "messages": 5},  # type: ignore[arg-type]
+        ),
         Flow("prune", prunes=True, messages=6),
         Flow("reprocess", reprocesses=True, messages=6),
         Flow("relay", (_OK, _OK, ("refused", EVER), _OK), relays=True, messages=6),
+        Flow("publish", (_OK, ("late", 0), _OK, ("refused", EVER)), relays=True, writes=3, messages=4),
         Flow("outbox", (_OK, ("refused", EVER), _OK, ("refused", EVER)), relays=True, operator=True, messages=6),
         Flow(
             *("outbox-hold", (("refused", EVER), _OK, _OK, ("refused", EVER))),
@@ -193,7 +205,9 @@ class Case:
     @property
     def may_park(self) -> bool:
         """Whether a message may have to wait for anything."""
-        return bool(self.flow.external) or any(sent.fails not in ("never", "refused") for sent in self.sent.values())
+        return bool(self.flow.external) or any(
+            sent.fails not in ("never", "refused", "late") for sent in self.sent.values()
+        )
 
     @property
     def size(self) -> int:
@@ -203,6 +217,12 @@ class Case:
     def half(self, partition: int) -> int:
         """Where a partition stands when its first ids grow old (`prune`)."""
         return len(self.logs[partition]) // 2
+
+
+def decision(case: Case, sent: Sent) -> Literal["replay", "discard"]:
+    """What an operator does about a dead letter of a handler."""
+    again = sent.offset % 2 == 0 or case.flow.external is not None
+    return "replay" if again and sent.fails != "undecodable" else "discard"
 
 
 def random_case(seed: int, cycle: int, flows: tuple[str, ...] = tuple(FLOWS)) -> Case:

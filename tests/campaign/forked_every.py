@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from tests.campaign.forked_case import FLOWS, Case, Kill
 from tests.campaign.forked_lane import Ran
@@ -29,6 +30,13 @@ def singles(flow: str, trace: list[str]) -> Iterator[Case]:
     """Killed once, at each event of a run that is not killed."""
     for kill in points(trace):
         yield uncrashed(flow).killed(kill)
+
+
+def zombies(single: Ran) -> Iterator[Case]:
+    """Frozen where this one was killed. Not where it relays: a file does not fence, and what does that is Kafka's."""
+    case = Case.parse(single.case)
+    if not case.flow.relays:
+        yield case.killed(*(replace(kill, how="freeze") for kill in case.kills))
 
 
 def new_points(each: dict[str, list[Case]]) -> list[Case]:

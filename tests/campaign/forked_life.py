@@ -12,6 +12,7 @@ from contextlib import suppress
 from typing import Any
 
 from sqlalchemy import text
+from sqlalchemy.orm import Session
 
 from eoframework import clock, dead
 from eoframework.consume.assembly import assemble, make_unit
@@ -19,6 +20,7 @@ from eoframework.consume.batch import Outcome
 from eoframework.consume.ownership import Ownership
 from eoframework.consume.rerun import Rerun
 from eoframework.consume.start import GroupOffsets
+from eoframework.db.external_admin import ExternalDesk
 from eoframework.db.parking import Parking
 from eoframework.db.position import Positions, Stream
 from eoframework.db.reprocessing import Reprocessing
@@ -33,8 +35,8 @@ from eoframework.relay.worker import RelayWorker
 from eoframework.settings import Settings
 from tests.campaign.forked_board import Board
 from tests.campaign.forked_broker import FileAdmin, FileCheckpoints, FileProducer, LogFile
-from tests.campaign.forked_case import TOPIC, Case
-from tests.campaign.forked_world import Booked, Shop
+from tests.campaign.forked_case import TOPIC, WRITTEN, Case, decision
+from tests.campaign.forked_world import OUTBOX, Booked, Shop, result_of
 
 TOPIC_ID = uuid.UUID(int=4711)
 CAREFUL_FOR = 3
@@ -44,6 +46,7 @@ SELECT count(*) FROM eo.parked_message m JOIN eo.parked_key k USING (consumer_id
 WHERE m.consumer_id = %s AND NOT k.held
 """
 _TIME_PASSES = "UPDATE eo.parked_key SET due_at = now() WHERE consumer_id = %s AND NOT held"
+_WRITTEN = text("INSERT INTO written VALUES (:n, :number) ON CONFLICT DO NOTHING RETURNING number")
 # The ids of what was processed so far are eight days old, and 20 minutes after that the position was looked at.
 _AGE = """
 WITH aged AS (
@@ -107,6 +110,7 @@ class Life:
             self.reprocess()
         if flow.prunes:
             self.prune()
+        self.write()
         if flow.relays:
             self.relay()
         if flow.operator:
@@ -240,13 +244,25 @@ class Life:
         old = "consumer_id = :c AND processed_at < now() - interval '7 days'"
         return int(self._sql(f"SELECT count(*) FROM eo.processed_message WHERE {old}", c=self.stream.consumer_id)[0][0])
 
+    def write(self) -> None:
+        """The application's own transactions: each writes a row, and publishes two messages."""
+        name = self.shop.app.name
+        for number in range(self.case.flow.writes):
+            with Session(self.database.engine) as session, session.begin():
+                if session.execute(_WRITTEN, {"n": name, "number": number}).first() is not None:
+                    for offset in (2 * number, 2 * number + 1):
+                        self.shop.app.publish(session, OUTBOX, Booked(p=WRITTEN, o=offset), key="a")
+
     def relay(self) -> None:
+        if any(sent.fails == "late" for sent in self.case.sent.values()):
+            # Only who owns the shard is to make them due: whoever else asks whether all is sent would do so, too.
+            clock.sleep(0.005)
         worker = RelayWorker(self.database, self.settings, admin=FileAdmin())  # type: ignore[arg-type]
         worker.start()
         try:
             for _ in range(5000):
                 worker.step()
-                if worker.drained():
+                if not self._sql("SELECT FROM eo.delayed_message LIMIT 1") and worker.drained():
                     return
                 clock.sleep(0.002)
             raise AssertionError("the outbox is not drained")
@@ -256,11 +272,13 @@ class Life:
     def decide(self) -> None:
         """An operator: even offsets run again, what cannot is given up."""
         app = self.shop.app
+        if self.case.flow.external is not None:
+            self._find_out()
         if not self.case.flow.relays:
             for letter in dead.letters(self.database, dead.DeadFilter(handler=self.shop.handler.group)).items:
                 sent = self.case.sent[letter.record.partition, letter.record.offset]
                 with suppress(NotFound):  # somebody was faster
-                    if sent.offset % 2 == 0 and sent.fails != "undecodable":
+                    if decision(self.case, sent) == "replay":
                         dead.replay(app, [letter.id], actor="campaign")
                     else:
                         dead.discard(self.database, [letter.id], actor="campaign")
@@ -273,6 +291,17 @@ class Life:
                     desk.retry(line.number)
                 else:
                     desk.discard(line.number)
+
+    def _find_out(self) -> None:
+        """About calls of which nobody knows whether they were made, the operator asks who was called."""
+        desk = ExternalDesk(self.database, actor="campaign")
+        for line in desk.lines(consumer=self.shop.handler.group):
+            place = line.partition, line.offset
+            made = any(fact.startswith(f"call {place[0]} {place[1]} ") for fact in self.board.lines())
+            if made:
+                desk.resolve(line.id, result_of(place))
+            else:
+                desk.not_done(line.id)
 
     def _sql(self, statement: str, **values: object) -> list[tuple[Any, ...]]:
         with self.database.engine.begin() as connection:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from eoframework.checkpoint import Checkpoint
 from eoframework.db.outbox import decode_headers
-from tests.campaign.forked_case import OUT, Case, Place
+from tests.campaign.forked_case import OUT, WRITTEN, Case, Place
 
 
 class Left(Protocol):
@@ -52,6 +52,9 @@ def _relayed(case: Case, seen: Left) -> Iterable[str]:
     places = Counter(_place(record) for record in sent)
     booked = {place for place, rows in seen.effects.items() if rows}
     refused = {place for place in booked if case.sent[place].fails == "refused"}
+    booked |= {(WRITTEN, 2 * row[0] + half) for row in seen.rows["written"] for half in (0, 1)}
+    if len(seen.rows["written"]) != case.flow.writes:
+        yield f"I1: of {case.flow.writes} transactions of the application {seen.rows['written']} are there"
     kept = booked - set(places)
     if places - Counter(booked):
         yield f"I8: published too often {places - Counter(booked)}"
@@ -89,7 +92,8 @@ def _key_order(case: Case, sent: list[dict[str, Any]]) -> Iterable[str]:
     for record in sent:
         partition, offset = _place(record)
         # With `continue` the others of its key went on when it died.
-        late = case.sent[partition, offset].fails == "refused" and case.flow.relay_after_dead == "continue"
+        sent_as = case.sent[partition, offset].fails if partition != WRITTEN else "never"
+        late = sent_as == "late" or (sent_as == "refused" and case.flow.relay_after_dead == "continue")
         if record["key"] is not None and not late:
             keys[partition, record["key"]].append(offset)
     for key, offsets in keys.items():

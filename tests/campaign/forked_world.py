@@ -9,19 +9,20 @@ from typing import Any
 from pydantic import BaseModel
 from sqlalchemy import text
 
-from eoframework import App, External, ExternalCall, Message, Topic, Tx
+from eoframework import App, External, ExternalCall, Message, NotDone, Topic, Tx
 from eoframework.db.session import Database
 from eoframework.errors import BatchItemFailed, Reject, RetryLater
 from eoframework.retry import Retry, fixed
 from eoframework.settings import Settings
 from tests.campaign.forked_board import Board
 from tests.campaign.forked_broker import REFUSED
-from tests.campaign.forked_case import ATTEMPTS, OUT, TOPIC, Case
+from tests.campaign.forked_case import ATTEMPTS, OUT, TOPIC, Case, Place
 
 TABLES = """
 CREATE TABLE effect (seq bigint GENERATED ALWAYS AS IDENTITY, consumer text, partition int, "offset" bigint, key bytea,
     amount bigint, attempt int, called bigint, rightful boolean, pid int DEFAULT pg_backend_pid());
 CREATE INDEX effect_consumer ON effect (consumer);
+CREATE TABLE written (consumer text, number int, PRIMARY KEY (consumer, number));
 CREATE TABLE account (consumer text, key bytea, balance bigint, items bigint[], PRIMARY KEY (consumer, key));
 """
 # A sum shows what is doubled or lost, a list its order; both are read before they are written, as users' tables are.
@@ -54,7 +55,13 @@ class Booked(BaseModel):
 
 
 # Made once: a process that is forked has them already.
-_IN, _OUT = Topic(TOPIC, Entry), Topic(OUT, Booked)
+_IN, OUTBOX = Topic(TOPIC, Entry), Topic(OUT, Booked)
+_RAISE = ("raises", "sql", "later", "rejects")
+
+
+def result_of(place: Place) -> int:
+    """What the call for a message returns, and what a person finds out about one that ended without an answer."""
+    return place[0] * ITEM + place[1]
 
 
 class Failing(Exception):
@@ -118,8 +125,13 @@ class Shop:
 
     def _charge(self) -> Any:
         def charge(message: Message[Entry], call: ExternalCall) -> int:
-            self.board.note(f"call {message.partition} {message.offset} {call.key}")
-            return len(self.board.lines())
+            sent = self.case.sent[message.partition, message.offset]
+            if sent.fails == "undone" and message.attempt <= sent.times:
+                raise NotDone(after=0.0)
+            self.board.note(f"call {sent.partition} {sent.offset} {call.key}")
+            if sent.fails == "breaks" and not self.healed:
+                raise Failing
+            return result_of(sent.place)
 
         return charge
 
@@ -130,7 +142,8 @@ class Shop:
         more = {"m": message.payload.amount, "a": message.attempt, "called": called}
         tx.session.execute(_EFFECT, {**values, **more, "item": place[0] * ITEM + place[1]})
         note = REFUSED.decode() if self.case.sent[place].fails == "refused" else ""
-        tx.publish(_OUT, Booked(p=place[0], o=place[1], note=note), key=message.key, cause=message)
+        delay = 0.001 if self.case.sent[place].fails == "late" else None
+        tx.publish(OUTBOX, Booked(p=place[0], o=place[1], note=note), key=message.key, cause=message, delay=delay)
 
     def _act(self, message: Message[Entry], tx: Tx) -> None:
         sent = self.case.sent[message.partition, message.offset]
@@ -138,7 +151,7 @@ class Shop:
             return
         if sent.fails == "kills":
             self._die_of(f"deadly {sent.partition} {sent.offset}", sent.times)
-        elif sent.fails != "refused" and message.attempt <= sent.times:
+        elif sent.fails in _RAISE and message.attempt <= sent.times:
             if sent.fails == "sql":
                 tx.session.execute(text("SELECT 1 / 0"))
             if sent.fails == "later":
