@@ -1,0 +1,148 @@
+"""The full stack on a real broker and a real server: many short runs under kills and other faults, each judged.
+
+    python -m tests.campaign.full [--kills N] [--minutes N] [--seed N] [--points NAME,NAME] [--pairs] [--lanes N]
+                                  [--outages | --late] [--replay SEED:RUN]
+
+Runs go on until so many kills were made or so many minutes are over; what they came to is added to
+docs/campaign/full.json, and the next call goes on after the last run of its seed. SIGTERM and Ctrl-C end it cleanly.
+A run that finds something keeps its history and logs. Nothing is ever proved by this: see the printed rule of three.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import tempfile
+import threading
+import traceback
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from eoframework import clock, dev
+from tests.campaign.full_nursery import Zygote
+from tests.campaign.full_places import template_database
+from tests.campaign.full_plans import Options, plan_of
+from tests.campaign.full_tally import Report, versions
+from tests.campaign.full_world import Result, World
+from tests.conftest import Addresses
+
+SESSION_TIMEOUT_MS = 3000
+_PROGRESS_EVERY = 10.0
+
+
+class Campaign:
+    """Lanes that take one run after the other, until it is enough."""
+
+    def __init__(self, options: Options, report: Report, directory: Path) -> None:
+        self.options, self.report, self.directory = options, report, directory
+        self.stop = threading.Event()
+        self.problems: list[str] = []
+        self._lock = threading.Lock()
+        self._began = self._saved = clock.monotonic()
+        self._next = report.next_run(options.seed)
+        self._kills_before = report.kills
+        self._runs = 0
+        self._versions: dict[str, str] = {}
+
+    def run(self, services: dev.Services) -> None:
+        addresses = Addresses(services.database_url, services.bootstrap_servers)
+        self._versions = versions(services.database_url)
+        with template_database(addresses, f"campaign_{uuid.uuid4().hex[:10]}") as template:
+            lanes = [
+                threading.Thread(target=self._lane, args=(services, addresses, template), name=f"lane-{number}")
+                for number in range(self.options.lanes)
+            ]
+            for lane in lanes:
+                lane.start()
+            while any(lane.is_alive() for lane in lanes):
+                self.stop.wait(_PROGRESS_EVERY) if not self.stop.is_set() else lanes[0].join(1)
+                self._progress()
+            for lane in lanes:
+                lane.join()
+        self._save()
+
+    def _lane(self, services: dev.Services, addresses: Addresses, template: str) -> None:
+        with Zygote() as zygote:
+            while (number := self._take()) is not None:
+                plan = plan_of(self.options, number, services)
+                try:
+                    result = World(addresses, template, zygote, self.directory, plan).run()
+                except Exception:  # noqa: BLE001 - the harness stumbled: said, counted as nothing, and the rest goes on
+                    with self._lock:
+                        self.problems.append(f"run {plan.seed}:\n{traceback.format_exc()}")
+                    print(self.problems[-1], flush=True)
+                    continue
+                self._note(result, number)
+
+    def _take(self) -> int | None:
+        with self._lock:
+            minutes = (clock.monotonic() - self._began) / 60
+            enough = self.report.kills - self._kills_before >= self.options.kills or minutes >= self.options.minutes
+            if enough or self.stop.is_set() or self._runs >= self.options.runs or len(self.problems) > 3:
+                return None
+            self._next, self._runs = self._next + 1, self._runs + 1
+            return self._next - 1
+
+    def _note(self, result: Result, number: int) -> None:
+        with self._lock:
+            self.report.add(result, seed=self.options.seed, run=number)
+            self._save()
+            if self.options.verbose:
+                print(f"run {result.plan.seed}: {result.tally.kills} kills, {result.sent} sent, drained in", end=" ")
+                print(f"{result.drained and round(result.drained, 1)} s, {result.seconds:.0f} s in all", flush=True)
+        for violation in result.violations:
+            print(f"run {result.plan.seed}: {violation.invariant}: {violation.what}", flush=True)
+
+    def _save(self) -> None:
+        now = clock.monotonic()
+        if not self.options.replay:
+            self.report.write(seconds=now - self._saved, versions=self._versions)
+        self._saved = now
+
+    def _progress(self) -> None:
+        minutes = (clock.monotonic() - self._began) / 60
+        made = self.report.kills - self._kills_before
+        rate = made / minutes if minutes else 0.0
+        left = min(self.options.kills / rate if rate else self.options.minutes, self.options.minutes) - minutes
+        print(
+            f"{made} kills in {minutes:.1f} min ({rate:.0f}/min), {self.report.kills} in all, "
+            f"{len(self.report.violations)} violations, {max(left, 0):.0f} min to go",
+            flush=True,
+        )
+
+
+@contextmanager
+def services_of_our_own(state: Path) -> Iterator[dev.Services]:
+    """A broker that gives silent members up soon, and a server that need not survive the machine: kill -9 of its
+    processes loses nothing that was handed to the kernel."""
+    options = dev.KafkaOptions(session_timeout_ms=SESSION_TIMEOUT_MS, heap_mb=768)
+    settings = {"fsync": "off", "full_page_writes": "off", "max_connections": "400"}
+    with dev.start(state, kafka=options, postgres=dev.PostgresOptions(settings=settings)) as services:
+        yield services
+
+
+def rule_of_three(violations: int, kills: int) -> str:
+    """What that says, and no more."""
+    if violations or not kills:
+        return f"{violations} violations in {kills} injected crashes"
+    return f"0 violations in {kills} injected crashes (rule of three: < 3/{kills} = {3 / kills:.2g} at 95 %)"
+
+
+def main() -> int:
+    options = Options.parse(__doc__ or "")
+    directory = Path(tempfile.mkdtemp(prefix="eo-campaign-"))
+    state = options.state_dir or directory / ".eo"
+    print(f"seed {options.seed}; histories and logs of what goes wrong in {directory}", flush=True)
+    campaign = Campaign(options, Report(), directory)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: campaign.stop.set())
+    with ExitStack() as stack:
+        campaign.run(stack.enter_context(services_of_our_own(state)))
+    print(rule_of_three(len(campaign.report.violations), campaign.report.kills))
+    return 1 if campaign.report.violations or campaign.problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
