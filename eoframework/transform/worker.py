@@ -336,7 +336,7 @@ class TransformWorker:
         return at[0]
 
     def _settle(self, consumer: GroupConsumer) -> None:
-        """Begin the waiting partitions where the group stands."""
+        """Begin the waiting partitions where the group stands, and note, before anything is sent, that they have."""
         self._beginning.begun(self._stream, self._stands)
         waiting = sorted(self._waiting & consumer.assigned())
         if not waiting:
@@ -344,8 +344,7 @@ class TransformWorker:
         try:
             found = self._where(waiting, timeout=_PATIENCE)
             self._transformer.take_back(found, consumer.membership)
-            missing = [partition for partition in waiting if found[partition] is None]
-            if missing:
+            if missing := [partition for partition in waiting if found[partition] is None]:
                 self._begin(missing, consumer.membership())
         except DOUBTFUL as trouble:
             log.info("%s: %s Partitions %s wait; nothing is lost", self.name, trouble, waiting)
@@ -354,6 +353,7 @@ class TransformWorker:
         for partition, offset in self._stand_at(found).items():
             if partition not in self._retry_at:
                 consumer.start(partition, offset)
+        self._beginning.begun(self._stream, self._stands)
 
     def _leave_no_charge(self, consumer: GroupConsumer) -> None:
         charged = sorted(self._transformer.charged & consumer.assigned())
