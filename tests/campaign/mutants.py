@@ -18,6 +18,9 @@ LAYERS: dict[str, tuple[str, ...]] = {
     ),
     "guards": ("tests/consume/test_guards.py",),
     "fetching": ("tests/consume/test_loss_guard.py",),
+    "crash points, forked": (
+        "tests/campaign/test_forked.py::test_a_crash_at_any_boundary_and_one_in_its_recovery_change_nothing",
+    ),
     "stateful": ("tests/failure/test_parking_model.py",),
     "failures": ("tests/failure/test_parking.py", "tests/failure/test_dead_letters.py"),
     "operators": ("tests/failure/test_dead_replay.py",),
@@ -68,6 +71,7 @@ MUTANTS = (
         "consume/unit.py",
         "lost = self.stores.positions.advance(connection, self.stream, held, to)",
         f"{_OWN}\n            lost = self.stores.positions.advance(own, self.stream, held, to)",
+        "crash points, forked",
         "statements",
         "kills, consume",
     ),
@@ -77,6 +81,7 @@ MUTANTS = (
         "consume/unit.py",
         "        if lost:\n            raise Fence(lost)",
         "        del lost",
+        "crash points, forked",
         "statements",
         "freezes, consume",
     ),
@@ -86,6 +91,7 @@ MUTANTS = (
         "db/position.py",
         "    AND p.epoch = f.epoch AND p.next_offset = f.expected\nRETURNING",
         "RETURNING",
+        "crash points, forked",
         "statements",
         "freezes, consume",
     ),
@@ -95,6 +101,7 @@ MUTANTS = (
         "consume/unit.py",
         "new = self.stores.processed.claim(connection, self.stream.consumer_id, ids)",
         "self.stores.processed.claim(connection, self.stream.consumer_id, ids)\n        new = set(ids)",
+        "crash points, forked",
         "statements",
     ),
     _m(
@@ -144,6 +151,7 @@ MUTANTS = (
         "consume/unit.py",
         "        self.stores.outbox.insert(connection, messages)\n",
         f"        {_OWN}\n            self.stores.outbox.insert(own, messages)\n",
+        "crash points, forked",
         "kills, consume",
     ),
     _m(
@@ -209,6 +217,7 @@ MUTANTS = (
         "consume/executor.py",
         "            shut = unit.failures.shut_lanes(connection, batch.deliveries)\n",
         "            shut: set[Lane] = set()\n",
+        "crash points, forked",
         "stateful",
     ),
     _m(
@@ -218,6 +227,7 @@ MUTANTS = (
         "        self._stores.processed.forget(connection, self._stream.consumer_id,"
         " {i for i in recorded if i is not None})\n",
         "        del recorded\n",
+        "crash points, forked",
         "stateful",
     ),
     _m(
@@ -237,6 +247,7 @@ MUTANTS = (
         " Dead(parked, delivery.id, verdict.why, cause, holds)\n        )\n",
         f"        {_OWN}\n            number = self._stores.dead_letters.bury(\n"
         "                own, self._stream, Dead(parked, delivery.id, verdict.why, cause, holds)\n            )\n",
+        "crash points, forked",
         "kills, consume",
     ),
     _m(
@@ -254,6 +265,7 @@ MUTANTS = (
         "prune.py",
         "            self._before = covered.before\n",
         "            self._before = clock.now()\n",
+        "crash points, forked",
         "coverage",
     ),
     _m(
@@ -279,6 +291,7 @@ MUTANTS = (
         "relay/recovery.py",
         "    return place, last.batch_no\n",
         "    return place, state.batch_no\n",
+        "crash points, forked",
         "kills and freezes, relay",
     ),
     _m(
@@ -303,6 +316,7 @@ MUTANTS = (
         "            self._set_aside(rows, rejected)\n            return\n        self._remove(rows)\n",
         "            self._remove(rows)\n            self._publish(rows)\n        except Rejected as rejected:\n"
         "            self._set_aside(rows, rejected)\n            return\n",
+        "crash points, forked",
         "kills and freezes, relay",
         "relay",
     ),

@@ -58,7 +58,7 @@ class Copy:
 
     def hear(self, layer: str) -> Heard:
         """Run a layer over this copy."""
-        files = [name for name in LAYERS[layer] if (self.directory / name).exists()]
+        files = [name for name in LAYERS[layer] if (self.directory / name.partition("::")[0]).exists()]
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-n", "3", *files]
         environment = {**os.environ, "PYTHONPATH": str(self.directory), "PYTHONDONTWRITEBYTECODE": "1"}
         started = clock.monotonic()
