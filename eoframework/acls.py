@@ -146,6 +146,8 @@ def _operator(app: App, outbox_id: UUID) -> Iterator[Acl]:
         yield Acl("operator", "topic", one.topic.name, "Read", "eo position set, eo reprocess")
         yield Acl("operator", "group", one.group, "Read", "eo position set")
         yield Acl("operator", "group", one.group, "Delete", "eo position forget")
+    for name in (*_published(app), checkpoint_topic(outbox_id)):
+        yield Acl("operator", "topic", name, "Read", "eo outbox adopt: what of the outbox is there")
 
 
 def _sent_to(transform: Transform) -> list[str]:

@@ -56,6 +56,11 @@ _MOVE_DUE: Final = f"""
         RETURNING deliver_at, seq, {_MESSAGE})
     INSERT INTO {{eo}}.outbox_message ({_MESSAGE}) SELECT {_MESSAGE} FROM due ORDER BY deliver_at, seq"""
 
+_LOST: Final = """
+    SELECT s.batch_no, m.seq, m.id FROM {eo}.relay_shard s
+      LEFT JOIN {eo}.outbox_message m ON m.shard = s.shard AND m.seq = ANY (%(seqs)s::bigint[])
+     WHERE s.shard = %(shard)s ORDER BY m.seq"""
+
 _ANY_LEFT: Final = """
     SELECT EXISTS (SELECT FROM {eo}.outbox_message AS m
                     WHERE shard = ANY (%(among)s::smallint[]) AND seq <= %(seq)s
@@ -188,11 +193,24 @@ class PendingRows:
             self._count_batch(connection, claim, checkpoint.batch_no - 1, checkpoint.batch_no)
             found = connection.exec_driver_sql(self._shards.sql(statement), values).all()
             if digest_of((row[0], row[1]) for row in found) != checkpoint.digest:
-                raise RowsDiffer(
-                    f"{len(found)} of the {len(checkpoint.seqs)} numbers of batch {checkpoint.batch_no} are in the "
-                    f"database, but not as the rows that were published."
-                )
+                raise RowsDiffer(f"{_differing(len(found), checkpoint)}.")
             self._delete(connection, claim, checkpoint.seqs)
+
+    def lost(self, checkpoint: Checkpoint) -> str | None:
+        """What this database does not know of the batch, in words; None when it has counted it or holds its rows.
+
+        One statement, so one snapshot: the rows of a batch are deleted in the transaction that counts it.
+        """
+        values = {"shard": checkpoint.shard, "seqs": list(checkpoint.seqs)}
+        with self._shards.single(f"looking for batch {checkpoint.batch_no}") as connection:
+            found = connection.exec_driver_sql(self._shards.sql(_LOST), values).all()
+        counted = found[0][0] if found else checkpoint.batch_no
+        if checkpoint.batch_no <= counted:
+            return None
+        if checkpoint.batch_no > counted + 1:
+            return f"Kafka's last batch is {checkpoint.batch_no}, the database's is {counted}"
+        rows = [(row[1], row[2]) for row in found if row[1] is not None]
+        return None if digest_of(rows) == checkpoint.digest else _differing(len(rows), checkpoint)
 
     def bury(self, claim: Claim, row: OutboxRow, refusal: Refusal, *, hold: bool) -> Buried:
         """Move a row that can never be sent to the dead letters, with its cause; with `hold` its key waits then.
@@ -295,3 +313,10 @@ def _with_headers(row: OutboxRow, stored: str) -> OutboxRow:
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         why = f"its stored headers are malformed: {type(error).__name__}: {error}."
         return row._replace(headers=(), unreadable=why)
+
+
+def _differing(there: int, checkpoint: Checkpoint) -> str:
+    return (
+        f"{there} of the {len(checkpoint.seqs)} numbers of batch {checkpoint.batch_no} are in the database, but not as "
+        "the rows that were published"
+    )

@@ -104,6 +104,8 @@ class RangeReader:
         fault = message.error()
         if fault is None:
             return True
+        if fault.code() == KafkaError.GROUP_AUTHORIZATION_FAILED:
+            return False  # the client looks for the coordinator of the group it has to be given, and joins none
         if fault.code() in _GONE:
             raise NotFound(
                 f"{self._topic}[{message.partition()}]: records were deleted while they were read ({fault.str()}).",

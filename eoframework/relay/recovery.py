@@ -40,7 +40,7 @@ def settle(
     if last is None:
         _first_use(claim, shards, state, place, checkpoints)
         return place, state.batch_no
-    _belongs(last, claim, checkpoints, place)
+    _belongs(last, claim.shard, checkpoints, place)
     if state.cluster_id is None or last.batch_no not in (state.batch_no, state.batch_no + 1):
         raise _contradiction(f"{claim}: Kafka's last batch is {last.batch_no}, the database's is {state.batch_no}.")
     if last.batch_no == state.batch_no + 1:
@@ -77,18 +77,20 @@ def find_place(checkpoints: CheckpointLog, states: dict[int, ShardState], *, sha
     return place
 
 
-def refuse_set_back(checkpoints: CheckpointLog, shards: Shards) -> None:
-    """Stop before any shard is relayed if one of them was batches further than the database knows.
+def refuse_set_back(checkpoints: CheckpointLog, place: CheckpointPlace, shards: Shards, rows: PendingRows) -> None:
+    """Stop before any shard is relayed if one of them published what the database does not know of.
 
-    What `settle` finds too, but shard by shard, while the others send. Other relays may be at work: the states are read
-    after the checkpoints, so that a batch of theirs in between never looks like one that the database has lost.
+    What `settle` finds too, but shard by shard, while the others send; and not at all where nothing is to be sent.
+    Other relays may be at work: what the database knows is read after the checkpoints, in one statement a shard, so
+    that a batch of theirs never looks like one that it has lost.
     """
     lasts = {shard: checkpoints.last(shard) for shard in sorted(shards.states())}
-    behind = [
-        f"shard {shard}: Kafka's last batch is {last.batch_no}, the database's is {state.batch_no}"
-        for shard, state in sorted(shards.states().items())
-        if (last := lasts.get(shard)) is not None and last.batch_no > state.batch_no + 1
-    ]
+    behind = []
+    for shard, last in lasts.items():
+        if last is not None:
+            _belongs(last, shard, checkpoints, place)
+            lost = rows.lost(last)
+            behind += [f"shard {shard}: {lost}"] if lost else []
     if behind:
         raise _contradiction(f"{'; '.join(behind)}.")
 
@@ -106,11 +108,11 @@ def _first_use(
         events.emit("relay.bound", shard=claim.shard, cluster_id=place.cluster_id)
 
 
-def _belongs(last: Checkpoint, claim: Claim, checkpoints: CheckpointLog, place: CheckpointPlace) -> None:
+def _belongs(last: Checkpoint, shard: int, checkpoints: CheckpointLog, place: CheckpointPlace) -> None:
     found = (last.outbox_id, last.shard, last.cluster_id, last.topic_id)
-    if found != (checkpoints.outbox_id, claim.shard, place.cluster_id, place.topic_id):
+    if found != (checkpoints.outbox_id, shard, place.cluster_id, place.topic_id):
         raise FailClosed(
-            f"the last checkpoint in {checkpoints.topic}[{claim.shard}] is not this shard's: it was copied there.",
+            f"the last checkpoint in {checkpoints.topic}[{shard}] is not this shard's: it was copied there.",
             remedy=f"Checkpoint topics must not be mirrored or restored: delete {checkpoints.topic}. {_START_ANEW}",
         )
 

@@ -71,8 +71,8 @@ class RelayWorker:
         self._refuse_unknown_shards(shard_count)
         checkpoints = CheckpointLog(self._settings, self._admin, outbox_id)
         if self._settings.relay_mode == "transactional":
-            find_place(checkpoints, self._shards.states(), shard_count=shard_count)
-            refuse_set_back(checkpoints, self._shards)
+            place = find_place(checkpoints, self._shards.states(), shard_count=shard_count)
+            refuse_set_back(checkpoints, place, self._shards, self._rows)
         else:
             _log.warning("relay runs in idempotent mode: at least once; after a crash a batch may be sent twice.")
         self._around = Surroundings(

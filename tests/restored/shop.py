@@ -30,7 +30,7 @@ app = App(f"restored-{_SUFFIX}")
 
 @app.handler(orders, name="book")
 def book(order: Order, tx: Tx) -> None:
-    if tx.session.execute(text("SELECT FROM refused WHERE id = :id"), {"id": order.order_id}).first():
+    if tx.session.execute(text("SELECT 1 FROM refused WHERE id = :id"), {"id": order.order_id}).first():
         raise Reject("on the list")
     tx.session.execute(text("INSERT INTO booking VALUES (:id)"), {"id": order.order_id})
     tx.publish(bills, order)

@@ -45,8 +45,8 @@ def test_a_copy_that_was_never_told_what_it_is(shop: Shop) -> None:
     """A copy of the whole server cannot be told from a standby that was promoted; here, a dump whose home is made to
     agree. Who sends second finds the other's batches and stops: no message is sent twice, and none is lost.
 
-    Seen to fail with the digest not compared in PendingRows.remove_published: the rows of the one that comes second are
-    deleted, and were never sent.
+    Seen to fail with the digests not compared in db/pending.py: the rows of the one that comes second are deleted, and
+    were never sent.
     """
     shop.publish(0, 4)
     shop.work()
