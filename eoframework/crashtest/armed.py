@@ -86,7 +86,8 @@ def arm(arguments: Sequence[str], told: dict[str, str]) -> None:
     """Kill or freeze this process where `told` says (EO_CRASH_AT and so on), once `eo` with these arguments runs.
 
     Raises ConfigurationError unless the database of the settings is marked as a throw-away: whoever leaves these
-    variables in the environment of a real worker would have it killed in the middle of real work, for ever.
+    variables in the environment of a real worker would have it killed in the middle of real work, for ever. An App with
+    an engine of its own is expected to use the same database.
     """
     if any(argument.startswith("--workers") for argument in arguments):
         raise ConfigurationError(
