@@ -346,8 +346,8 @@ def _calls(case: Case, seen: Seen) -> Iterable[str]:
     """A call whose outcome nobody knows is made again only where the handler says that it may be."""
     if case.flow.external is None:
         return
-    made = Counter(fact.rsplit(" ", 1)[0] for fact in seen.facts if fact.startswith("call "))
-    keys = {fact for fact in seen.facts if fact.startswith("call ")}
+    made = Counter(fact.rsplit(" ", 2)[0] for fact in seen.facts if fact.startswith("call "))
+    keys = {fact.rsplit(" ", 1)[0] for fact in seen.facts if fact.startswith("call ")}
     rows = {(row[0], row[1]): row[2:] for row in seen.rows["calls"]}
     for place in case.sent:
         times = made[f"call {place[0]} {place[1]}"]

@@ -26,7 +26,7 @@ from eoframework.db.position import Positions, Stream
 from eoframework.db.reprocessing import Reprocessing
 from eoframework.db.session import Database
 from eoframework.db.unit_of_work import Timeouts, WorkerConnection
-from eoframework.errors import Fenced, LostConnection, NotFound, Retryable
+from eoframework.errors import FailClosed, Fenced, LostConnection, NotFound, Retryable
 from eoframework.kafka import transaction
 from eoframework.outbox_desk import OutboxDesk
 from eoframework.prune import PruneWorker
@@ -298,10 +298,11 @@ class Life:
         for line in desk.lines(consumer=self.shop.handler.group):
             place = line.partition, line.offset
             made = any(fact.startswith(f"call {place[0]} {place[1]} ") for fact in self.board.lines())
-            if made:
-                desk.resolve(line.id, result_of(place))
-            else:
-                desk.not_done(line.id)
+            with suppress(FailClosed):  # somebody was faster
+                if made:
+                    desk.resolve(line.id, result_of(place))
+                else:
+                    desk.not_done(line.id)
 
     def _sql(self, statement: str, **values: object) -> list[tuple[Any, ...]]:
         with self.database.engine.begin() as connection:

@@ -128,7 +128,11 @@ class Shop:
             sent = self.case.sent[message.partition, message.offset]
             if sent.fails == "undone" and message.attempt <= sent.times:
                 raise NotDone(after=0.0)
-            self.board.note(f"call {sent.partition} {sent.offset} {call.key}")
+            about = f"call {sent.partition} {sent.offset} {call.key}"
+            # As docs/effects.md advises whoever is called: a caller that was taken over is refused by its fence.
+            if any(int(line.split()[-1]) > call.fence for line in self.board.lines() if line.startswith(about)):
+                raise Failing
+            self.board.note(f"{about} {call.fence}")
             if sent.fails == "breaks" and not self.healed:
                 raise Failing
             return result_of(sent.place)
