@@ -54,6 +54,15 @@ def test_every_statement_of_the_product_is_allowed(granted: Database, roles: con
     assert asked > 130
 
 
+def test_what_only_the_owner_may_declare(superuser: Shell, roles: conftest.Roles, granted: Database) -> None:
+    assert granted
+    for command in (("db", "adopt", "replacement"), ("outbox", "adopt")):
+        for purpose in ("app", "observer"):
+            said = logged_in(superuser, roles, purpose).run(*command, code=3).stderr
+            assert f"Log in as {roles.owner}" in said
+    logged_in(superuser, roles, "owner").run("db", "adopt", "replacement")
+
+
 @pytest.mark.parametrize("purpose", ["app", "relay"])
 def test_no_right_is_superfluous(granted: Database, roles: conftest.Roles, purpose: Purpose) -> None:
     """Each right taken away makes some statement fail: what nobody needs, nobody has."""
