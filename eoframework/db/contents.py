@@ -94,7 +94,7 @@ def published(connection: Connection, schema: Schema) -> list[OutboxRow]:
     """What waits for the relay, in the order of the commits; what is delayed comes last."""
     rows: list[OutboxRow] = []
     for table in ("outbox_message", "delayed_message"):
-        statement = f"SELECT id, topic, key, payload, headers FROM {{eo}}.{table} ORDER BY seq"
+        statement = "SELECT id, topic, key, payload, headers FROM {eo}.{table} ORDER BY seq".replace("{table}", table)
         for identity, topic, key, payload, headers in connection.exec_driver_sql(schema.sql(statement)).all():
             rows.append(OutboxRow(identity, topic, key, payload, tuple(decode_headers(headers))))
     return rows
