@@ -67,9 +67,11 @@ class GroupConsumer:
         """The client's own position after the last clean fetch: ours, or further on past transaction markers."""
         self._rebalances = 0
         self._callback_error: BaseException | None = None
+        self._broken: KafkaError | None = None
+        """Why the client will never hand out anything again."""
         self.ended: dict[int, int] = {}
         """Partitions read to their end (with `enable.partition.eof`), and that end: markers lie before it."""
-        self._consumer = Consumer({**config, "error_cb": _log_error, "on_commit": _log_commit})
+        self._consumer = Consumer({**config, "error_cb": self._on_error, "on_commit": self._on_commit})
         self._consumer.subscribe([topic], on_assign=self._assigned, on_revoke=self._revoked, on_lost=self._revoked)
 
     # --- fetching ---
@@ -82,6 +84,7 @@ class GroupConsumer:
         If anything raises on the way, or a rebalance happened, what was fetched is dropped and every partition goes
         back to where it stood: the loss guard.
         """
+        self._raise_if_broken()
         self._check_nothing_was_lost()
         self._client_at.clear()
         before = self._rebalances
@@ -101,6 +104,7 @@ class GroupConsumer:
             self.rewind(self._handed)
             return []
         records = self._records(messages)
+        self._raise_if_broken()
         self._client_at = self._client_positions()
         events.emit("kafka.polled", records=len(records))
         return records
@@ -133,7 +137,9 @@ class GroupConsumer:
         # Told once: dropped with the rest, it would leave a partition that is silent for ever and cannot be sought.
         for message in messages:
             error = message.error()
-            if error is not None and error.code() in _LOG_IS_NOT_WHAT_IT_WAS and message.partition() in self._handed:
+            if error is None or self._ends_with(error):
+                continue
+            if error.code() in _LOG_IS_NOT_WHAT_IT_WAS and message.partition() in self._handed:
                 self._notice(message, error)
 
     def _notice(self, message: ClientMessage, error: KafkaError) -> None:
@@ -152,9 +158,7 @@ class GroupConsumer:
             log.warning(
                 "a batch took longer than max_poll_interval; the group took our partitions, they are claimed again"
             )
-        elif error.fatal():
-            raise RestartNeeded(f"the Kafka consumer of {self._topic!r} cannot go on: {error.str()}.")
-        else:
+        elif not self._ends_with(error):
             log.warning("kafka: %s; nothing is lost, the client tries again", error.str())
 
     def _check_nothing_was_lost(self) -> None:
@@ -274,9 +278,7 @@ class GroupConsumer:
             else:
                 self._consumer.commit(offsets=marks)
         except KafkaException as fault:
-            log.warning(
-                "group offsets not committed: %s; lag tools show an old value, nothing else", kafka_error(fault)
-            )
+            self._on_commit(kafka_error(fault), marks)
 
     def mark(self, partition: int, offset: int, epoch: int) -> None:
         """Put our mark on the group's offset, before anything is processed; raises Retryable if that failed."""
@@ -345,6 +347,33 @@ class GroupConsumer:
         except BaseException as error:  # noqa: BLE001 - kept and raised by fetch
             self._callback_error = error
 
+    def _on_error(self, error: KafkaError) -> None:
+        if not self._ends_with(error):
+            # Its logger drops repetitions: seen, 900 of these within a second, about an outage that was over.
+            _client_log.warning("kafka: %s; nothing is lost, the client reconnects by itself", error.str())
+
+    def _on_commit(self, error: KafkaError | None, _offsets: list[TopicPartition]) -> None:
+        if error is None:
+            events.emit("kafka.offsets_committed")
+        elif not self._ends_with(error):
+            log.info("group offsets not committed: %s; lag tools show an old value, nothing else", error.str())
+
+    def _ends_with(self, error: KafkaError) -> bool:
+        """Whether the client is broken for good, which `fetch` then raises.
+
+        Where it says so depends on the request that found out: a heartbeat tells `poll`, a commit only its callback.
+        Then it is silent for ever, like a topic in which nothing happens. And what it hands over as a message, or to
+        a commit's callback, is _FATAL but does not call itself fatal.
+        """
+        if not error.fatal() and error.code() != KafkaError._FATAL:
+            return False
+        self._broken = self._broken or error
+        return True
+
+    def _raise_if_broken(self) -> None:
+        if self._broken is not None:
+            raise RestartNeeded(f"the Kafka consumer of {self._topic!r} cannot go on: {self._broken.str()}.")
+
     def _raise_callback_error(self) -> None:
         if self._callback_error is not None:
             error, self._callback_error = self._callback_error, None
@@ -362,15 +391,3 @@ def _is_incremental(config: dict[str, Any]) -> bool:
     if config.get("group.protocol") == "consumer":
         return True
     return "cooperative" in str(config.get("partition.assignment.strategy", ""))
-
-
-def _log_error(error: KafkaError) -> None:
-    # Its logger drops repetitions: seen, 900 of these within a second, about an outage that was over.
-    _client_log.warning("kafka: %s; nothing is lost, the client reconnects by itself", error.str())
-
-
-def _log_commit(error: KafkaError | None, _offsets: list[TopicPartition]) -> None:
-    if error is None:
-        events.emit("kafka.offsets_committed")
-    else:
-        log.info("group offsets not committed: %s; lag tools show an old value, nothing else", error.str())
