@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +13,7 @@ from eoframework.crashtest.findings import Beside, History, PointResult, Report
 from eoframework.crashtest.load import Sending, keys_of
 from eoframework.crashtest.points import BOUNDARIES, FLOWS, NAMES
 from eoframework.crashtest.reference import Difference, Reference
-from eoframework.crashtest.state import LETTERS
+from eoframework.crashtest.state import LETTERS, TOPIC
 from eoframework.crashtest.user_run import Result, Role, Run, UserApp
 from eoframework.crashtest.user_stage import Stage
 from eoframework.errors import ConfigurationError
@@ -35,6 +36,8 @@ class Options:
     """Names of events or of flows; all that are passed without any."""
     allowed: tuple[str, ...] = ()
     """What handlers may do besides."""
+    generated: bool = False
+    """The load was made from payload types, and not chosen by anybody."""
 
 
 class Campaign:
@@ -68,6 +71,9 @@ class Campaign:
         report = Report(self._app.reference, self._options.seed, len(self._load))
         first = self._undisturbed(_BATCH)
         self._refuse_a_load_that_does_nothing(first)
+        if self._options.generated and self._leave_to_the_app(first):
+            first = self._undisturbed(_BATCH)
+        report.messages = len(self._load)
         # What has nothing to relay needs no relay.
         if not any(name in first.hits.get("relay", {}) for name in _PUBLISHED):
             self._app = replace(self._app, publishes=False)
@@ -90,6 +96,20 @@ class Campaign:
         report.left_out, report.unsteady = reference.left_out, reference.unsteady
         report.seconds = clock.monotonic() - began
         return report
+
+    def _leave_to_the_app(self, first: Result) -> bool:
+        """Take out of the load what is for topics that the application fills itself; whether there was any.
+
+        Sent by both, one id would stand for two messages, and which of them comes first would depend on the moment.
+        """
+        sent = Counter(one.topic for one in self._load)
+        filled = {name for name, number in sent.items() if len(first.state.tables[f"{TOPIC}{name}"].rows) > number}
+        left = [one for one in self._load if one.topic not in filled]
+        if not filled or not left:
+            return False
+        self._say(f"{', '.join(sorted(filled))}: filled by the app itself, so nothing is sent there")
+        self._load = left
+        return True
 
     def _refuse_a_load_that_does_nothing(self, first: Result) -> None:
         letters = first.state.tables[LETTERS].rows

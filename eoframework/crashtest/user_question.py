@@ -108,5 +108,6 @@ def crash_test(
     unknown = sorted({one.topic for one in load} - app.topics.keys())
     if unknown:
         raise ConfigurationError(f"{question.reference} has no topic {', '.join(unknown)}, but the load is for it.")
-    options = Options(question.seed, question.minutes, question.points, question.allowed)
+    generated = not given and question.sample is None and not question.topics
+    options = Options(question.seed, question.minutes, question.points, question.allowed, generated)
     return Campaign(stage, app, load, options, say=say).run()

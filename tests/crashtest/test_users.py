@@ -70,15 +70,15 @@ def test_a_second_connection_is_found_by_its_effects_and_named_by_its_statement(
 
 
 def test_a_counter_in_memory_is_named(stage: Stage) -> None:
-    report = crashes(stage, "counting", "db.committed")
+    report = crashes(stage, "counting", minutes=0.0)
     (variable,) = report.beside
     assert (variable.kind, variable.name) == ("variable", f"{MODULE}.COUNT")
     assert "it was 0 and is" in variable.what
-    assert crashes(stage, "counting", "db.committed", allowed=(f"{MODULE}.COUNT",), minutes=0.0).beside == []
+    assert crashes(stage, "counting", allowed=(f"{MODULE}.COUNT",), minutes=0.0).beside == []
 
 
 def test_a_call_inside_the_transaction_is_named_with_its_line(stage: Stage) -> None:
-    report = crashes(stage, "calling", "db.committed", minutes=0.0)
+    report = crashes(stage, "calling", minutes=0.0)
     (call,) = report.beside
     assert call.name == "http://127.0.0.1:9/charge"
     assert "tests/crashtest/crash_shop.py:" in call.what
