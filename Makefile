@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-containers test-cluster test-postgres lint format venv clean
+.PHONY: help demo test test-containers test-cluster test-postgres campaign lint format venv clean
 
 help: ## Show what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,6 +33,21 @@ test-cluster: $(READY) ## Transforms, workers and relay on three brokers that di
 
 test-postgres: $(READY) ## The spine on the oldest and newest PostgreSQL and through PgBouncer (pass PARTS='14 pgbouncer' for some)
 	@$(BIN)/python -m tests.postgres.tier $(PARTS) -- -n $(WORKERS)
+
+# Each goes on where it was stopped, and adds to docs/campaign/.
+MINUTES ?= 10
+campaign: $(READY) ## Crashes without end: forked processes, models, client errors, the full stack; then the report (MINUTES=10 of each)
+	@echo "== forked"
+	@$(BIN)/python -m tests.campaign.forked --kills 1000000000 --minutes $(MINUTES)
+	@echo "== model"
+	@$(BIN)/python -m tests.campaign.model
+	@echo "== client errors"
+	@$(BIN)/python -m tests.campaign.client_errors --check
+	@echo "== full stack"
+	@$(BIN)/python -m tests.campaign.full --minutes $(MINUTES)
+	@$(BIN)/python -m tests.campaign.full --minutes $(MINUTES) --seed 2 --pairs
+	@$(BIN)/python -m tests.campaign.full --minutes $(MINUTES) --seed 3 --outages
+	@$(BIN)/python -m tests.campaign.report
 
 lint: $(READY) ## Style, types and import rules
 	@echo "== ruff"

@@ -56,11 +56,11 @@ class Campaign:
             ]
             for lane in lanes:
                 lane.start()
-            while any(lane.is_alive() for lane in lanes):
-                self.stop.wait(_PROGRESS_EVERY) if not self.stop.is_set() else lanes[0].join(1)
-                self._progress()
             for lane in lanes:
-                lane.join()
+                # One after the other: whichever lives longest, what is said is said every so often.
+                while lane.is_alive():
+                    lane.join(_PROGRESS_EVERY)
+                    self._progress()
         self._save()
 
     def _lane(self, services: dev.Services, addresses: Addresses, template: str) -> None:
@@ -68,7 +68,7 @@ class Campaign:
             while (number := self._take()) is not None:
                 plan = plan_of(self.options, number, services)
                 try:
-                    result = World(addresses, template, zygote, self.directory, plan).run()
+                    result = World(addresses, template, zygote, self.directory, plan, stop=self.stop).run()
                 except Exception:  # noqa: BLE001 - the harness stumbled: said, counted as nothing, and the rest goes on
                     with self._lock:
                         self.problems.append(f"run {plan.seed}:\n{traceback.format_exc()}")

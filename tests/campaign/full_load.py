@@ -82,7 +82,7 @@ class Load:
     def _produce(self, producer: Producer, n: int, chunk: _Chunk) -> None:
         key = rules.key_of(n, self._keys)
         value = json.dumps({"key": key, "n": n}).encode()
-        headers = [("message-id", rules.message_id(n))] if rules.has_id(n) else []
+        headers: list[tuple[str, str | bytes | None]] = [("message-id", rules.message_id(n))] if rules.has_id(n) else []
         producer.produce(self._topic, value, key.encode(), headers=headers, on_delivery=chunk.noting(n))
 
 

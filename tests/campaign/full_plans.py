@@ -64,7 +64,7 @@ class Options:
         if self.replay:
             seed, _ = self.replay.split(":")
             changes |= {"seed": int(seed), "runs": 1, "lanes": 1}
-        return Options(**{**vars(self), **changes})  # type: ignore[arg-type]
+        return Options(**{**vars(self), **changes})
 
 
 def plan_of(options: Options, number: int, services: dev.Services) -> Plan:

@@ -9,7 +9,7 @@ from typing import Any
 from uuid import UUID
 
 from confluent_kafka import Consumer, IsolationLevel, KafkaError, Message, TopicPartition
-from confluent_kafka.admin import AdminClient, OffsetSpec
+from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-defined]
 from sqlalchemy import Connection, Engine, text
 
 from eoframework import clock
@@ -117,7 +117,8 @@ def _ends(message: Message) -> bool:
 
 def _read(message: Message, topic: str) -> Read:
     value = json.loads(message.value() or b"{}")
-    headers = tuple((name, _bytes(content)) for name, content in message.headers() or [])
+    told: Any = message.headers() or []  # pairs, whatever else the stubs allow
+    headers = tuple((name, _bytes(content)) for name, content in told)
     found = incoming_id(headers, topic=message.topic() or "")
     key = message.key()
     return Read(
@@ -157,7 +158,8 @@ def log_ends(
     """Where the partitions of these topics end, markers included."""
     # The transform's dead letters have as many partitions as anybody gives them.
     metadata = admin.list_topics(timeout=20).topics
-    wanted = {TopicPartition(name, p): OffsetSpec.latest() for name in names for p in metadata[name].partitions}
+    latest = OffsetSpec.latest()  # type: ignore[no-untyped-call]
+    wanted = {TopicPartition(name, p): latest for name in names for p in metadata[name].partitions}
     asked = admin.list_offsets(wanted, isolation_level=isolation, request_timeout=20)
     return {(where.topic, where.partition): future.result().offset for where, future in asked.items()}
 

@@ -29,7 +29,7 @@ def _ids() -> None:
     def claim(_self: ProcessedMessages, _connection: Connection, _consumer: int, ids: Collection[UUID]) -> set[UUID]:
         return set(ids)
 
-    ProcessedMessages.claim = claim  # type: ignore[method-assign]
+    ProcessedMessages.claim = claim  # type: ignore[method-assign,assignment]
     _fence()
 
 
@@ -42,7 +42,7 @@ def _fence() -> None:
             connection.execute(_UNFENCED, {**values, "p": claim.partition})
         return set()
 
-    Positions.advance = advance  # type: ignore[method-assign]
+    Positions.advance = advance  # type: ignore[method-assign,assignment]
 
 
 def _checkpoint() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from uuid import NAMESPACE_URL, uuid5
 
 import pytest
@@ -134,7 +135,7 @@ def _poison_effect(s: Snapshot) -> Snapshot:
     return replace(s, effects=(*s.effects, effect._replace(offset=read.offset, item=read.item, id=read.id)))
 
 
-def _moved_again(s: Snapshot, **changes: int) -> Snapshot:
+def _moved_again(s: Snapshot, **changes: Any) -> Snapshot:
     return replace(s, moves=(*s.moves, s.moves[-1]._replace(xid=9_999, **changes)))
 
 
@@ -247,5 +248,5 @@ def test_only_the_last_line_may_be_torn(tmp_path: Path) -> None:
     path.write_bytes(whole_file + b'{"op":7,"wh')
     assert [operation.what for operation in history.read(path)] == ["one"]
     path.write_bytes(b'{"op":7,"wh\n' + whole_file)
-    with pytest.raises(ValueError, match="Unterminated|Expecting"):
+    with pytest.raises(ValueError, match=r"Unterminated|Expecting"):
         history.read(path)

@@ -1,0 +1,84 @@
+"""docs/campaign/README.md, rendered from the JSON of all layers.
+
+python -m tests.campaign.report
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tests.campaign.full_tally import REPORT
+
+DIRECTORY = REPORT.parent
+PAGE = DIRECTORY / "README.md"
+_HEAD = """# The crash campaign
+
+Rendered by `python -m tests.campaign.report` from the files beside it, which `make campaign` adds to. What is counted
+here was seen; none of it is a proof. "Rule of three": with no violation in N crashes, the chance of one is below 3/N at
+95 % confidence, for crashes drawn as these were.
+"""
+
+
+def render(directory: Path = DIRECTORY) -> str:
+    """The page."""
+    layers = [json.loads(path.read_text()) for path in sorted(directory.glob("*.json"))]
+    parts = [_HEAD, *_overview(layers)]
+    for layer in layers:
+        parts += ["", f"## {layer['layer']}", "", str(layer["what"]), "", *_facts(layer), "", *_counts(layer)]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def statement(layer: Mapping[str, Any]) -> str:
+    """What the layer's numbers say, and no more."""
+    violations, kills = len(layer.get("violations", ())), _kills(layer)
+    if not kills:
+        return f"{violations} violations"
+    if violations:
+        return f"{violations} violations in {kills:,} injected crashes"
+    return f"0 violations in {kills:,} injected crashes (rule of three: < {3 / kills:.1e} at 95 %)"
+
+
+def _kills(layer: Mapping[str, Any]) -> int:
+    return sum(count for kind, count in (layer.get("injected") or {}).items() if kind.startswith("kill"))
+
+
+def _overview(layers: list[dict[str, Any]]) -> Iterator[str]:
+    yield "| layer | what it says | seconds | commit |"
+    yield "|---|---|---:|---|"
+    for layer in layers:
+        seconds = f"{layer['seconds']:,.0f}" if "seconds" in layer else "–"
+        yield f"| {layer['layer']} | {statement(layer)} | {seconds} | `{str(layer['commit'])[:7]}` |"
+
+
+def _facts(layer: Mapping[str, Any]) -> Iterator[str]:
+    versions = ", ".join(f"{name} {version}" for name, version in (layer.get("versions") or {}).items())
+    if versions:
+        yield f"Versions: {versions}."
+    plain = {name: value for name, value in layer.items() if isinstance(value, int | float) and name != "seconds"}
+    if plain:
+        yield ", ".join(f"{name.replace('_', ' ')}: {value:,}" for name, value in plain.items()) + "."
+    for violation in layer.get("violations", ()):
+        yield f"- **violation**: {violation}"
+
+
+def _counts(layer: Mapping[str, Any]) -> Iterator[str]:
+    """The injected faults, and per point what was injected there, where the layer has it by a plain number."""
+    for name in ("injected", "points"):
+        counts = {item: count for item, count in (layer.get(name) or {}).items() if isinstance(count, int) and count}
+        if counts:
+            yield f"| {name} | times |"
+            yield "|---|---:|"
+            yield from (f"| {item.replace('|', '/')} | {count:,} |" for item, count in sorted(counts.items()))
+            yield ""
+
+
+def main() -> None:
+    PAGE.write_text(render())
+    print(f"{PAGE} written")
+
+
+if __name__ == "__main__":
+    main()
