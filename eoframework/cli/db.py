@@ -139,6 +139,8 @@ def adopt(
         "deleted": dict(done.deleted),
     }
     text = f"{meaning} of {done.before.stored}; its home is {done.after.stored}"
+    if done.before == done.after:
+        text = f"it is at home, {done.after.stored}: nothing was changed"
     if meaning == "copy":
         text += "".join(f"\n{count} {what} deleted" for what, count in done.deleted.items() if count)
         text += f"\nits outbox is {done.after.outbox_id} now; make its checkpoint topic: eo topics apply MODULE:APP"

@@ -66,13 +66,16 @@ class Adopted:
 def adopt(database: Database, meaning: Meaning, *, actor: str) -> Adopted:
     """Declare what this database is, with an audit row. On a crash: all of it happened, or nothing.
 
-    As a replacement it keeps everything: what Kafka knows and it does not is found when its processes start. As a copy
-    it gets an outbox of its own and loses what the original will do itself: positions, parked messages, what waits in
-    the outbox. Raises FailClosed while its processes run, ConfigurationError for a role that does not own the tables.
+    As a replacement it keeps everything (and is left alone where it is at home): what Kafka knows and it does not is
+    found when its processes start. As a copy it gets an outbox of its own and loses what the original will do itself:
+    positions, parked messages, what waits in the outbox. Raises FailClosed while its processes run, ConfigurationError
+    for a role that does not own the tables.
     """
     with database.brief("saying what this database is", lock_wait=_LOCK_WAIT) as connection:
         _refuse_stranger(connection, database)
         before = home.read(connection, database.schema)
+        if meaning == "replacement" and before.stored is not None and before.stored == before.here:
+            return Adopted(meaning, before, before)
         _refuse_running(connection, database)
         deleted = {}
         if meaning == "copy":

@@ -206,5 +206,6 @@ def test_the_outbox_is_not_adopted_while_a_relay_runs(shop: Shop) -> None:
     assert "agree: nothing was changed" in shop.eo("outbox", "adopt")
     shop.execute("UPDATE eo.relay_shard SET owner = 'somebody', lease_until = clock_timestamp() + interval '1 minute'")
     assert "relay somebody is running" in shop.eo("outbox", "adopt", code=70)
-    assert "relay somebody is at work" in shop.eo("db", "adopt", "replacement", code=70)
+    assert "relay somebody is at work" in shop.eo("db", "adopt", "copy", "--yes", code=70)
+    assert "it is at home" in shop.eo("db", "adopt", "replacement")
     assert shop.audited() == []
