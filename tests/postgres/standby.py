@@ -20,6 +20,8 @@ from tests.processes import eventually
 from tests.proxy import Proxy
 
 _NAMES = ("a", "b", "c")
+_RECEIVED = "SELECT greatest(pg_last_wal_receive_lsn(), pg_last_wal_replay_lsn()) - '0/0'::pg_lsn"
+_LOOKS = 5
 
 
 class Replicas:
@@ -67,7 +69,9 @@ class Replicas:
 
     def followers(self) -> list[object]:
         """Who streams from the primary."""
-        return [row[0] for row in self.ask(self.primary, "SELECT pid FROM pg_stat_replication")]
+        return [
+            row[0] for row in self.ask(self.primary, "SELECT pid FROM pg_stat_replication WHERE state = 'streaming'")
+        ]
 
     def caught_up(self) -> bool:
         """Whether every follower has all that the primary has written."""
@@ -82,13 +86,22 @@ class Replicas:
 
     @contextmanager
     def deaf(self, name: str) -> Iterator[None]:
-        """This standby confirms nothing, although it is there (SIGSTOP of its receiver)."""
-        ((pid,),) = self.ask(name, "SELECT pid FROM pg_stat_wal_receiver")
-        os.kill(int(str(pid)), signal.SIGSTOP)
+        """This standby takes nothing in, although it is there (SIGSTOP of its receiver).
+
+        If the primary dies meanwhile it never gets what was on its way: that would still be in its receiver's socket.
+        """
+        ((found,),) = self.ask(name, "SELECT pid FROM pg_stat_wal_receiver")
+        receiver = int(str(found))
+        os.kill(receiver, signal.SIGSTOP)
         try:
             yield
         finally:
-            os.kill(int(str(pid)), signal.SIGCONT)
+            gone = not self.servers[self.primary].running()
+            os.kill(receiver, signal.SIGKILL if gone else signal.SIGCONT)
+            if gone:
+                # Its server restarts by itself, as after any crash of one of its processes.
+                eventually(lambda: not processes.start_time(receiver), "the receiver is dead")
+                eventually(lambda: self._answers(name), "its server is back", seconds=30)
 
     def kill_primary(self) -> None:
         """kill -9 of its postmaster; its other processes end when they notice."""
@@ -114,9 +127,23 @@ class Replicas:
         if self._proxy is not None:
             self._proxy.close()
 
+    def _answers(self, name: str) -> bool:
+        try:
+            return self.ask(name, "SELECT count(*) FROM pg_stat_wal_receiver") == [(0,)]
+        except psycopg.OperationalError:
+            return False
+
     def _received(self, name: str) -> int:
-        ((bytes_received,),) = self.ask(name, "SELECT pg_last_wal_receive_lsn() - '0/0'::pg_lsn")
-        return int(str(bytes_received))
+        """How much it has of what the primary wrote, once it has looked through all of that (it may have restarted)."""
+        seen: list[int] = []
+
+        def settled() -> bool:
+            ((found,),) = self.ask(name, _RECEIVED)
+            seen.append(int(str(found)))
+            return len(seen) > _LOOKS and len(set(seen[-_LOOKS:])) == 1
+
+        eventually(settled, "nothing more to replay", seconds=30)
+        return seen[-1]
 
     def _ask_for_standbys(self) -> None:
         names = "ANY 1 (*)" if self._synchronous and self.followers() else ""
