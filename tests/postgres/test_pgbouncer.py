@@ -277,6 +277,16 @@ def test_a_bouncer_restarted_while_workers_run(
     assert column(database.engine, 'SELECT "offset" FROM ledger ORDER BY id') == list(range(30))
 
 
+def test_session_mode(services: Addresses, database: Database, settings: Settings, topic_name: str) -> None:
+    make_ledger(database.engine)
+    produce(settings.require_bootstrap_servers(), topic_name, [(None, b'{"n": %d}' % n) for n in range(30)])
+    with bouncer_before(services.database_url, pool_mode="session") as between:
+        through = open_database(between.through(database.engine.url), Schema())
+        assert run_once(booking(through, settings, topic_name, max_batch=2)) == 0
+        through.engine.dispose()
+    assert next_offsets(database) == [(0, 30)]
+
+
 # --- what cannot work is refused at the start ---
 
 

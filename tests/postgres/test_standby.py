@@ -17,12 +17,14 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from eoframework import App, Topic
+from eoframework.db import readiness
+from eoframework.db.readiness import where
 from eoframework.db.session import open_database
-from eoframework.errors import LostConnection
+from eoframework.errors import LostConnection, Unreachable
 from eoframework.kafka.admin import Admin
 from eoframework.schema import Schema
 from tests.apps.ledger import Entry
-from tests.conftest import Addresses
+from tests.conftest import Addresses, make_settings
 from tests.consume.harness import column, scalar
 from tests.consume.nursery import Nursery
 from tests.outages.conftest import PARTITIONS, Scene
@@ -103,6 +105,34 @@ class Writer:
         assert set(self.confirmed) <= set(rows)
         found = read_topic(self._scene.own.bootstrap_servers, self._topic.name)
         assert sorted(json.loads(message.value() or b"")["n"] for message in found) == rows
+
+
+@pytest.mark.parametrize("form", ["a host for each", "lists"])
+def test_a_url_that_names_all_servers(asynchronous: Replicas, services: Addresses, form: str) -> None:
+    """Whichever takes writes is found, and the error of a URL that leads nowhere names all, without the password."""
+    url = asynchronous.url
+    ports = [server.port for server in asynchronous.servers.values()]
+    if form == "lists":
+        head, _, rest = url.partition("?")
+        hosts = ",".join(["127.0.0.1"] * len(ports))
+        url = f"{head}?host={hosts}&port={','.join(map(str, ports))}&{rest.rpartition('&')[2]}"
+    settings = make_settings(url.replace("+psycopg", ""), services.bootstrap_servers)
+    database = open_database(settings.require_database_url(), Schema())
+    for _ in range(2):
+        assert scalar(database.engine, "SELECT pg_is_in_recovery()") is False
+        assert scalar(database.engine, "SHOW port") == str(asynchronous.servers[asynchronous.primary].port)
+        if asynchronous.primary == "a":
+            asynchronous.kill_primary()
+            asynchronous.promote()
+            database.engine.dispose()
+    asynchronous.kill_primary()
+    database.engine.dispose()
+    with pytest.raises(Unreachable) as refused:
+        readiness.wait_until_reachable(database, wait=False)
+    assert where(database).startswith("127.0.0.1")
+    assert str(refused.value).count("127.0.0.1") >= len(ports)
+    assert all(secret not in str(refused.value) for secret in settings.secrets())
+    assert settings.secrets()
 
 
 def test_two_promotions_under_load_lose_and_double_nothing(synchronous: Replicas, scene_on: OpenScene) -> None:
