@@ -1,7 +1,7 @@
 """The full stack on a real broker and a real server: many short runs under kills and other faults, each judged.
 
     python -m tests.campaign.full [--kills N] [--minutes N] [--seed N] [--points NAME,NAME] [--pairs] [--lanes N]
-                                  [--outages | --late] [--replay SEED:RUN]
+                                  [--outages] [--replay SEED:RUN]
 
 Runs go on until so many kills were made or so many minutes are over; what they came to is added to
 docs/campaign/full.json, and the next call goes on after the last run of its seed. SIGTERM and Ctrl-C end it cleanly.

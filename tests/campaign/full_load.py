@@ -44,23 +44,27 @@ class Load:
 
     def abort_some(self, count: int = 3) -> None:
         """Entries in a transaction that is aborted."""
-        if self._ghosts is None:
-            told = {"transactional.id": f"{self._topic}.ghosts", "bootstrap.servers": self._servers}
-            self._ghosts = Producer({**told, **_CONFIG, "transaction.timeout.ms": 10_000})
-            self._ghosts.init_transactions(20)
         messages = list(range(self._ghost, self._ghost + count))
         self._ghost += count
         number = self._history.begin("abort", messages=messages)
         try:
-            self._ghosts.begin_transaction()
+            producer = self._ghosts or self._open_ghosts()
+            producer.begin_transaction()
             for n in messages:
-                self._produce(self._ghosts, n, _Chunk(set()))
-            self._ghosts.flush(5)
-            self._ghosts.abort_transaction(20)
+                self._produce(producer, n, _Chunk(set()))
+            producer.flush(5)
+            producer.abort_transaction(20)
+            self._ghosts = producer
         except KafkaException:
             # Kafka aborts it sooner or later: it was never asked to commit. A new client for the next one.
             self._ghosts = None
         self._history.end(number, "fail")
+
+    def _open_ghosts(self) -> Producer:
+        told = {"transactional.id": f"{self._topic}.ghosts", "bootstrap.servers": self._servers}
+        producer = Producer({**told, **_CONFIG, "transaction.timeout.ms": 10_000})
+        producer.init_transactions(20)
+        return producer
 
     def look(self) -> None:
         """Note what was confirmed meanwhile."""

@@ -77,8 +77,8 @@ class Plan:
     """Seconds that the drain may last."""
     without: str = ""
     """A protection that the processes run without."""
-    outage: Callable[[float], bool] | None = None
-    """Called with the seconds since the run began, now and then: it breaks a service, and mends it."""
+    outage: Callable[[float, Counter[str]], None] | None = None
+    """Called with the seconds since the run began, now and then: it breaks a service, mends it, and counts that."""
 
 
 @dataclass
@@ -116,7 +116,7 @@ class World:
         self.directory = directory / self.name
         self.directory.mkdir(parents=True)
         self._static = self._chance.random() < 0.5
-        self._cuts = self._chance.random() < 0.3 and not plan.gentle
+        self._cuts = self._chance.random() < 0.3 and not plan.gentle and plan.outage is None
         self._twice = self._chance.random() < 0.4
         self._keys = self._chance.choice((1, 3, 8))
         self.tally = Tally()
@@ -221,8 +221,8 @@ class World:
                 if backlog < 0.01:
                     load.abort_some()
                     self.tally.kinds["aborted entries"] += 1
-            if self.plan.outage is not None and self.plan.outage(clock.monotonic() - began):
-                break
+            if self.plan.outage is not None:
+                self.plan.outage(clock.monotonic() - began, self.tally.kinds)
             self._sample(engine)
             clock.sleep(0.02)
 
@@ -236,7 +236,9 @@ class World:
             slot.look()
 
     def _sample(self, engine: Engine) -> None:
-        if clock.monotonic() < self._sample_at:
+        # Not while brokers die: librdkafka's AdminClient may abort its whole process over a question that one of them
+        # has left unanswered (seen: "rd_kafka_enq_once_del_source_return: Assertion `eonce->refcnt > 0' failed").
+        if clock.monotonic() < self._sample_at or self.plan.outage is not None:
             return
         self._sample_at = clock.monotonic() + 1.5
         # Kafka first: the position only grows meanwhile.

@@ -18,23 +18,21 @@ KINDS = ("broker killed", "broker frozen", "server stopped at once", "server pro
 
 
 class Outages:
-    """One after the other, with a pause between; told by their kind in `counts`."""
+    """One after the other, with a pause between."""
 
     def __init__(self, services: dev.Services, seed: str) -> None:
         self._services = services
         self._chance = random.Random(f"{seed} outages")
         self._next = 2.0
-        self.counts: Counter[str] = Counter()
 
-    def __call__(self, seconds: float) -> bool:
-        """Do one if it is time; False: the run goes on."""
+    def __call__(self, seconds: float, counts: Counter[str]) -> None:
+        """Do one if it is time, and count it by its kind; it is over when this returns."""
         if seconds < self._next:
-            return False
+            return
         kind, lasting = self._chance.choice(KINDS), self._chance.uniform(0.2, 6.0)
-        self.counts[kind] += 1
+        counts[kind] += 1
         self._do(kind, lasting)
         self._next = seconds + lasting + self._chance.uniform(2.0, 6.0)
-        return False
 
     def _do(self, kind: str, lasting: float) -> None:
         kafka, postgres = self._services.kafka, self._services.postgres
