@@ -53,12 +53,25 @@ class Mutant:
     before: str
     after: str
     layers: tuple[str, ...]
+    also: tuple[Change, ...] = ()
+    """What stands behind it and would make good for it: taken out too."""
+
+    @property
+    def changes(self) -> tuple[Change, ...]:
+        return ((self.path, self.before, self.after), *self.also)
+
+    @property
+    def paths(self) -> set[str]:
+        return {path for path, _, _ in self.changes}
 
 
-def _m(name: str, what: str, path: str, before: str, after: str, *layers: str) -> Mutant:
+Change = tuple[str, str, str]
+
+
+def _m(name: str, what: str, path: str, before: str, after: str, *layers: str, also: tuple[Change, ...] = ()) -> Mutant:
     unknown = set(layers) - LAYERS.keys()
     assert not unknown, unknown
-    return Mutant(name, what, f"eoframework/{path}", before, after, layers)
+    return Mutant(name, what, f"eoframework/{path}", before, after, layers, also)
 
 
 _OWN = "with connection.engine.begin() as own:"
@@ -169,6 +182,13 @@ MUTANTS = (
         "        return self._hold(renewed)\n\n    def _claim",
         "        return self._hold(renewed.moved(doubtful.next_offset))\n\n    def _claim",
         "cuts of COMMIT",
+        also=(
+            (
+                "eoframework/db/position.py",
+                "    AND p.epoch = f.epoch AND p.next_offset = f.expected\nRETURNING",
+                "    AND p.epoch = f.epoch\nRETURNING",
+            ),
+        ),
     ),
     _m(
         "records lost by the client not noticed",
@@ -177,6 +197,14 @@ MUTANTS = (
         "        self._check_nothing_was_lost()\n        self._client_at.clear()\n",
         "        self._client_at.clear()\n",
         "fetching",
+        also=(
+            (
+                "eoframework/kafka/consumer.py",
+                "            self._raise_callback_error()\n            self.rewind(self._handed)\n"
+                "            if isinstance(",
+                "            self._raise_callback_error()\n            if isinstance(",
+            ),
+        ),
     ),
     _m(
         "records of before a rebalance kept",

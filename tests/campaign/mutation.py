@@ -48,13 +48,18 @@ class Copy:
                 target = directory / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(REPOSITORY / name, target)
+        # Reports say which commit they are of.
+        who = ("-c", "user.name=mutation", "-c", "user.email=mutation@localhost")
+        for arguments in (("init", "-q"), (*who, "commit", "-q", "--allow-empty", "-m", "A copy to plant bugs in")):
+            subprocess.run(["git", *arguments], cwd=directory, check=True)
 
     def plant(self, mutant: Mutant) -> None:
-        path = self.directory / mutant.path
-        path.write_text(planted(path.read_text(), mutant))
+        for path in mutant.paths:
+            (self.directory / path).write_text(planted((self.directory / path).read_text(), mutant, path))
 
     def mend(self, mutant: Mutant) -> None:
-        shutil.copy2(REPOSITORY / mutant.path, self.directory / mutant.path)
+        for path in mutant.paths:
+            shutil.copy2(REPOSITORY / path, self.directory / path)
 
     def hear(self, layer: str) -> Heard:
         """Run a layer over this copy."""
@@ -74,17 +79,20 @@ class Copy:
             )
         except subprocess.TimeoutExpired:
             return Heard(True, clock.monotonic() - started, f"stood still for {LONGEST:g} s")
-        if ran.returncode not in (0, 1):
+        failed = _first_failure(ran.stdout)
+        if bool(failed) != bool(ran.returncode):
             # Not a test that failed: a layer that cannot run has found nothing.
             raise SystemExit(f"{layer}: pytest ended with {ran.returncode}:\n{ran.stdout[-3000:]}{ran.stderr[-2000:]}")
-        return Heard(ran.returncode == 1, clock.monotonic() - started, _first_failure(ran.stdout))
+        return Heard(bool(failed), clock.monotonic() - started, failed)
 
 
-def planted(source: str, mutant: Mutant) -> str:
-    """The source with the bug in it."""
-    if source.count(mutant.before) != 1:
-        raise SystemExit(f"{mutant.name}: {mutant.path} has {source.count(mutant.before)} places for it, not one.")
-    return source.replace(mutant.before, mutant.after)
+def planted(source: str, mutant: Mutant, path: str) -> str:
+    """The source of that file with the bug in it."""
+    for _, before, after in (change for change in mutant.changes if change[0] == path):
+        if source.count(before) != 1:
+            raise SystemExit(f"{mutant.name}: {path} has {source.count(before)} places for it, not one.")
+        source = source.replace(before, after)
+    return source
 
 
 def _first_failure(output: str) -> str:

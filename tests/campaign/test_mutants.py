@@ -13,9 +13,11 @@ from tests.processes import REPOSITORY
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_it_can_be_planted(mutant: Mutant) -> None:
-    source = (REPOSITORY / mutant.path).read_text()
-    assert ast.dump(ast.parse(planted(source, mutant))) != ast.dump(ast.parse(source))
     assert mutant.layers
+    for path, before, _ in mutant.changes:
+        source = (REPOSITORY / path).read_text()
+        assert source.count(before) == 1, path
+        assert ast.dump(ast.parse(planted(source, mutant, path))) != ast.dump(ast.parse(source))
 
 
 def test_every_layer_is_there() -> None:

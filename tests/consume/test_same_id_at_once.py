@@ -41,3 +41,24 @@ def test_the_second_is_a_duplicate_only_if_the_first_commits(database: Database,
     assert scalar(database.engine, "SELECT count(*) FROM eo.processed_message") == 1
     with database.engine.connect() as connection:
         assert connection.scalar(text("SELECT message_id FROM eo.processed_message")) == identity
+
+
+def test_the_same_ids_in_another_order_are_no_deadlock(database: Database) -> None:
+    """Seen to fail without the ORDER BY in `_CLAIM` of db/processed.py: each waits for an id that the other has."""
+    processed, ids = ProcessedMessages(database.schema), [uuid.uuid4() for _ in range(20_000)]
+    with database.begin("register") as connection:
+        consumer = Positions(database.schema).register(connection, name="app.book", topic="t")
+    ready = threading.Barrier(2)
+    first: list[int] = []
+
+    def claim(given: list[uuid.UUID]) -> None:
+        with database.begin("claim") as connection:
+            ready.wait(20)
+            first.append(len(processed.claim(connection, consumer, given)))
+
+    both = [threading.Thread(target=claim, args=(given,)) for given in (ids, ids[::-1])]
+    for one in both:
+        one.start()
+    for one in both:
+        one.join(60)
+    assert sorted(first) == [0, len(ids)]
