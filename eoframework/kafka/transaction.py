@@ -234,7 +234,7 @@ class TransactionalProducer:
         if fault.code() == KafkaError.INVALID_TRANSACTION_TIMEOUT:
             # Said again at every start until somebody changes a setting: to retry it would look like an outage.
             raise ConfigurationError(
-                f"Kafka refuses transactions of {self._config['transaction.timeout.ms']} ms, asked for by {self._name}.",
+                f"Kafka refuses transactions of {self._config['transaction.timeout.ms']} ms, as {self._name} asks.",
                 remedy="Lower EO_TRANSACTION_TIMEOUT (for a transform EO_TRANSFORM_TRANSACTION_TIMEOUT), or raise the "
                 "brokers' transaction.max.timeout.ms.",
             ) from error
