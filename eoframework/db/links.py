@@ -8,7 +8,8 @@ the transaction itself carries, no longer by the session it runs in.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,8 @@ from eoframework.errors import ConfigurationError, LostConnection
 
 _KEY = "eoframework.link"
 _WAIT_FOR_STANDBY = "SyncRepWaitForLSN"
+
+_Ask = Callable[..., object]
 
 
 @dataclass(slots=True)
@@ -32,9 +35,42 @@ class Link:
 
 
 def watch(engine: Engine) -> None:
-    """Examine every connection of the engine once, also those that were opened before; may be said again."""
-    if not event.contains(engine, "checkout", _examine):
-        event.listen(engine, "checkout", _examine)
+    """Examine every connection of a new engine as it is opened, whoever uses it then.
+
+    Only of an engine that nobody uses yet: a listener that is added while another thread checks a connection out breaks
+    that thread's iteration over the listeners.
+    """
+    event.listen(engine, "connect", _on_connect)
+
+
+@contextmanager
+def connected(engine: Engine) -> Iterator[Connection]:
+    """A connection that is examined."""
+    with engine.connect() as connection:
+        examine(connection)
+        yield connection
+
+
+def examine(connection: Connection) -> None:
+    """Find out what stands between, once for each connection; outside of a transaction.
+
+    Raises ConfigurationError when the pooler drops what the URL asks for.
+    """
+    known = connection.info.get(_KEY)
+    if known is not None:
+        known.unconfirmed = False  # of a COMMIT of the user's own, which was theirs to doubt
+        return
+    driver = connection.connection.dbapi_connection
+    connection.info[_KEY] = _examined(driver, lambda statement, *values: _scalar(connection, statement, values))
+    connection.rollback()
+
+
+def examine_inside(connection: Connection) -> None:
+    """The same inside a transaction of the user's, who looks after the URL's options."""
+    if _KEY not in connection.info:
+        driver = connection.connection.dbapi_connection
+        link = _looked_at(driver, lambda statement, *values: _scalar(connection, statement, values))
+        connection.info[_KEY] = link
 
 
 def link_of(connection: Connection) -> Link:
@@ -59,38 +95,47 @@ def check_confirmed(connection: Connection, what: str) -> None:
         )
 
 
-def _examine(driver: Any, record: Any, _proxy: object) -> None:
-    # In the record's info, which ends with the connection: an engine may have had some before it was watched.
-    known = record.info.get(_KEY)
-    if known is not None:
-        known.unconfirmed = False  # of a COMMIT of the user's own, which was theirs to doubt
-    else:
-        record.info[_KEY] = _examined(driver)
+def _on_connect(driver: Any, record: Any) -> None:
+    def ask(statement: str, *values: str) -> object:
+        cursor = driver.cursor()
+        cursor.execute(statement, values)
+        (found,) = cursor.fetchone()
+        cursor.close()
+        return found
+
+    record.info[_KEY] = _examined(driver, ask)
+    driver.rollback()
 
 
-def _examined(driver: Any) -> Link:
-    # An asynchronous one comes in SQLAlchemy's wrapping, which makes its cursors synchronous.
-    connection = getattr(driver, "driver_connection", driver)
-    if not isinstance(connection, psycopg.Connection | psycopg.AsyncConnection):
+def _scalar(connection: Connection, statement: str, values: tuple[str, ...]) -> object:
+    return connection.exec_driver_sql(statement, values or None).scalar_one()
+
+
+def _examined(driver: Any, ask: _Ask) -> Link:
+    link = _looked_at(driver, ask)
+    if link.pooled:
+        _refuse_dropped_options(_psycopg(driver), ask)
+    return link
+
+
+def _looked_at(driver: Any, ask: _Ask) -> Link:
+    connection = _psycopg(driver)
+    if connection is None:
         return Link(pooled=False)  # another driver of the user's, to publish with
     # A pooler invents the number that names a session for cancelling; only without one it is the server process's.
-    link = Link(pooled=connection.info.backend_pid != int(_ask(driver, "SELECT pg_backend_pid()")))
+    link = Link(pooled=connection.info.backend_pid != ask("SELECT pg_backend_pid()"))
     if link.pooled:
         # Prepared in one session, executed in another: "prepared statement does not exist", or the wrong one. Poolers
         # that keep track of them (PgBouncer 1.21) cannot be told from those that do not.
         connection.prepare_threshold = None
-        _refuse_dropped_options(driver, connection.info.options)
     connection.add_notice_handler(lambda notice: _note(link, notice))
-    driver.rollback()
     return link
 
 
-def _ask(driver: Any, statement: str, *values: str) -> str:
-    cursor = driver.cursor()
-    cursor.execute(statement, values)
-    (found,) = cursor.fetchone()
-    cursor.close()
-    return str(found)
+def _psycopg(driver: Any) -> psycopg.Connection[Any] | psycopg.AsyncConnection[Any] | None:
+    # An asynchronous one comes in SQLAlchemy's wrapping, which makes its cursors synchronous.
+    connection = getattr(driver, "driver_connection", driver)
+    return connection if isinstance(connection, psycopg.Connection | psycopg.AsyncConnection) else None
 
 
 def _note(link: Link, notice: psycopg.errors.Diagnostic) -> None:
@@ -99,12 +144,14 @@ def _note(link: Link, notice: psycopg.errors.Diagnostic) -> None:
         link.unconfirmed = True
 
 
-def _refuse_dropped_options(driver: Any, options: str) -> None:
+def _refuse_dropped_options(
+    connection: psycopg.Connection[Any] | psycopg.AsyncConnection[Any] | None, ask: _Ask
+) -> None:
     """Stop where `options=-c name=value` of the URL did not get through: told to ignore it, a pooler says nothing."""
-    for name, wanted in _options(options):
-        found = _ask(driver, "SELECT current_setting(%s, true)", name)
+    for name, wanted in _options(connection.info.options if connection is not None else ""):
+        found = ask("SELECT current_setting(%s, true)", name)
         # As PostgreSQL writes it: 5000 and 5s are the same timeout.
-        if found != _ask(driver, "SELECT set_config(%s, %s, true)", name, wanted):
+        if found != ask("SELECT set_config(%s, %s, true)", name, wanted):
             raise ConfigurationError(
                 f"the pooler before PostgreSQL drops the URL's options: {name} is {found!r}, not {wanted!r}.",
                 remedy=f"Say it on the server: ALTER ROLE ... SET {name} = ...; and take `options` out of the URL.",

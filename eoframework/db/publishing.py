@@ -23,7 +23,7 @@ from sqlalchemy.orm import Session, SessionTransaction, scoped_session
 from sqlalchemy.util.concurrency import in_greenlet
 
 from eoframework import events
-from eoframework.db.links import watch
+from eoframework.db.links import examine_inside
 from eoframework.db.outbox import Outbox
 from eoframework.db.savepoints import SessionBuffer, next_place
 from eoframework.errors import ConfigurationError
@@ -129,7 +129,6 @@ def _two_phase() -> ConfigurationError:
 def _listen(connection: Connection) -> None:
     engine = connection.engine
     if not event.contains(engine, "commit", _on_commit):
-        watch(engine)
         for name, listener in _LISTENERS.items():
             event.listen(engine, name, listener)
 
@@ -165,6 +164,8 @@ def _on_commit(connection: Connection) -> None:
 
 
 def _write(connection: Connection, kept: list[_Kept]) -> None:
+    if kept:
+        examine_inside(connection)
     by_outbox: dict[Outbox, list[OutboxMessage]] = {}
     for one in kept:
         by_outbox.setdefault(one.outbox, []).append(one.message)

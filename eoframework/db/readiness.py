@@ -7,12 +7,14 @@ import re
 import shlex
 import threading
 
+import psycopg
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
 from eoframework import clock
 from eoframework.db import grants
 from eoframework.db.grants import Purpose
+from eoframework.db.links import connected
 from eoframework.db.session import Database
 from eoframework.errors import ConfigurationError, Unreachable
 
@@ -85,9 +87,9 @@ def where(database: Database) -> str:
 def _trouble(database: Database) -> str | None:
     """None if the database answers, else its words. Raises ConfigurationError if they mean that waiting is no use."""
     try:
-        with database.engine.connect() as connection:
+        with connected(database.engine) as connection:
             connection.execute(text("SELECT 1"))
-    except SQLAlchemyError as error:
+    except (SQLAlchemyError, psycopg.Error) as error:
         words = _words(error)
         if _REFUSED.search(words):
             raise ConfigurationError(
@@ -98,7 +100,7 @@ def _trouble(database: Database) -> str | None:
     return None
 
 
-def _words(error: SQLAlchemyError) -> str:
+def _words(error: SQLAlchemyError | psycopg.Error) -> str:
     """The line of libpq's account that matters: it tries every address, a line or two for each."""
     lines = [line.strip() for line in str(getattr(error, "orig", None) or error).splitlines() if line.strip()]
     refusals = [line for line in lines if _REFUSED.search(line)]

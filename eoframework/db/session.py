@@ -10,7 +10,7 @@ from sqlalchemy import Connection, Engine, create_engine, make_url
 from sqlalchemy.orm import Session, sessionmaker
 
 from eoframework.db.faults import classified
-from eoframework.db.links import check_confirmed, watch
+from eoframework.db.links import check_confirmed, connected, watch
 from eoframework.errors import ConfigurationError
 from eoframework.schema import Schema
 
@@ -43,12 +43,11 @@ class Database:
                 f"the engine uses {self.engine.dialect.name}+{self.engine.dialect.driver}.",
                 remedy="eoframework needs PostgreSQL through psycopg 3: postgresql+psycopg://...",
             )
-        watch(self.engine)
 
     @contextmanager
     def begin(self, what: str) -> Iterator[Connection]:
         """One short transaction; errors leave classified (db/faults.py), `what` names the work in their message."""
-        with classified(what), self.engine.connect() as connection:
+        with classified(what), connected(self.engine) as connection:
             with connection.begin():
                 yield connection
             check_confirmed(connection, what)
@@ -62,7 +61,7 @@ class Database:
         """
         timeouts = {"lock": f"{lock_wait:.0f}s", "statement": f"{lock_wait + 5:.0f}s"}
         # Under another isolation level than this, what is read after a lock was waited for is from before it.
-        with classified(what), self.engine.connect() as connection:
+        with classified(what), connected(self.engine) as connection:
             connection.execution_options(isolation_level="READ COMMITTED")
             with connection.begin():
                 connection.exec_driver_sql(_BRIEF, timeouts)
@@ -86,4 +85,5 @@ def open_database(url: str, schema: Schema) -> Database:
     asked = make_url(url).query
     patience = {name: value for name, value in _NETWORK_PATIENCE.items() if name not in asked}
     engine = create_engine(url, pool_pre_ping=True, pool_size=5, max_overflow=10, connect_args=patience)
+    watch(engine)
     return Database(engine, schema)

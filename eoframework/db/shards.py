@@ -11,7 +11,7 @@ from sqlalchemy import Connection
 from sqlalchemy.engine.interfaces import IsolationLevel
 
 from eoframework.db.faults import classified
-from eoframework.db.links import check_confirmed
+from eoframework.db.links import check_confirmed, connected
 from eoframework.db.session import Database
 from eoframework.errors import Fenced
 from eoframework.settings import Settings
@@ -230,7 +230,7 @@ class Shards:
     def _connection(self, what: str, isolation: IsolationLevel) -> Iterator[Connection]:
         # Set on the connection, over whatever the user's engine says: every check here is a comparison inside one
         # statement, or behind a row lock, and READ COMMITTED is what makes it see the newest row.
-        with classified(what), self._database.engine.connect() as connection:
+        with classified(what), connected(self._database.engine) as connection:
             yield connection.execution_options(isolation_level=isolation)
             check_confirmed(connection, what)
 

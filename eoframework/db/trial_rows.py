@@ -15,6 +15,7 @@ from typing import Any, Literal
 from sqlalchemy import Connection, CursorResult, Engine, exc
 
 from eoframework.db.faults import sqlstate_of
+from eoframework.db.links import connected
 from eoframework.errors import ConfigurationError
 
 ChangeKind = Literal["insert", "update", "delete", "write"]
@@ -159,7 +160,7 @@ class RowWatch:
 
     @contextmanager
     def _before(self, engine: Engine) -> Iterator[Connection]:
-        with engine.connect() as connection:
+        with connected(engine) as connection:
             connection.execution_options(isolation_level="REPEATABLE READ")
             with connection.begin():
                 _script(connection, f"SET TRANSACTION SNAPSHOT '{self._snapshot}'")

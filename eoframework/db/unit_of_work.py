@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from eoframework import events
 from eoframework.db.faults import classified
-from eoframework.db.links import check_confirmed, link_of
+from eoframework.db.links import check_confirmed, examine, link_of
 from eoframework.db.session import Database
 from eoframework.errors import ConfigurationError, FailClosed, HandlerMisuse, LostConnection
 
@@ -105,6 +105,11 @@ class WorkerConnection:
                     "the engine's isolation level is AUTOCOMMIT: a handler's effects would not be one transaction.",
                     remedy="Give App an engine without isolation_level='AUTOCOMMIT'.",
                 )
+            try:
+                examine(connection)
+            except BaseException:
+                connection.close()
+                raise
             setattr(connection, "close", _forbidden(self._handler, "connection().close"))  # noqa: B010 - mypy
             event.listen(connection, "commit", self._guard_commit)
             event.listen(connection, "rollback", self._note_rollback)

@@ -63,8 +63,8 @@ def booking(database: Database, settings: Settings, topic: str, **options: objec
 
 
 def test_a_web_app_publishes_with_engines_of_its_own(pooled: Database, settings: Settings) -> None:
-    """Seen to fail without `watch` in db/publishing.py: `prepared statement "_pg3_0" already exists`, in the user's own
-    statements as in ours.
+    """Seen to fail without `examine_inside` in db/publishing.py: `prepared statement "_pg3_0" already exists`, in the
+    user's own statements as in ours.
     """
     app, topic = App(f"web-{uuid.uuid4().hex[:8]}", settings=settings), Topic("t.web", Entry, key="n")
     engine, asynchronous = create_engine(pooled.engine.url), create_async_engine(pooled.engine.url)
