@@ -124,7 +124,7 @@ class database_named:  # noqa: N801 - used as a context manager, reads as a func
 
     def __enter__(self) -> str:
         template = f' TEMPLATE "{self._source}"' if self._source else ""
-        if self._source:
+        if self._source and self._source != self._admin_url.database:
             # A pooler keeps its sessions when its clients have gone, and who is copied must be alone.
             self._run(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{self._source}'")
         self._run(f'CREATE DATABASE "{self._name}"{template}')
