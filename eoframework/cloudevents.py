@@ -17,6 +17,7 @@ RESERVED = frozenset({MESSAGE_ID, "content-type"})
 RESERVED_PREFIX = "ce_"
 TRACEPARENT = "traceparent"
 _LENGTH = len(TRACEPARENT)
+_OURS = 7
 _IS_TRACE = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}").fullmatch
 _SPECVERSION = ("ce_specversion", b"1.0")
 
@@ -123,7 +124,11 @@ def _is_canonical(text: str) -> bool:
 
 def traceparent_of(headers: Headers) -> bytes | None:
     """The trace context a message came with; a malformed one is as good as none. Source: W3C Trace Context, 3.2."""
-    # Written as everybody writes it, first: all headers of every message pass here.
+    # Where we write it, then as everybody writes it: all headers of every message pass here.
+    if len(headers) > _OURS:
+        name, value = headers[_OURS]
+        if name == TRACEPARENT and value is not None and _IS_TRACE(value):
+            return value
     for name, value in headers:
         if name == TRACEPARENT and value is not None and _IS_TRACE(value):
             return value

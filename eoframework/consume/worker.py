@@ -184,7 +184,7 @@ class ConsumeWorker:
 
     def _fetch(self, consumer: GroupConsumer) -> list[Record]:
         try:
-            return consumer.fetch(self._limit, self._patience())
+            return [one.record() for one in consumer.fetch(self._limit, self._patience())]
         except OutOfRange:
             # A topic that was re-created is out of range until it has grown, and has another remedy.
             self._check_topic()

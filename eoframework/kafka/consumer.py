@@ -19,8 +19,7 @@ from eoframework.errors import ConfigurationError, EoError, RestartNeeded, Retry
 from eoframework.kafka.faults import classify, kafka_error
 from eoframework.kafka.membership import Membership
 from eoframework.kafka.offsets import offset_mark, offset_out_of_range
-from eoframework.kafka.records import record_of
-from eoframework.message import Record
+from eoframework.kafka.records import Fetched
 
 log = logging.getLogger(__name__)
 _client_log = logging.getLogger("eoframework.kafka.client")
@@ -76,7 +75,7 @@ class GroupConsumer:
 
     # --- fetching ---
 
-    def fetch(self, limit: int, timeout: float, *, linger: float = 0.0) -> list[Record]:
+    def fetch(self, limit: int, timeout: float, *, linger: float = 0.0) -> list[Fetched]:
         """Up to `limit` records, waiting at most `timeout` seconds for the first; raises what a person must see.
 
         linger: seconds to wait for more of them after the first.
@@ -103,7 +102,7 @@ class GroupConsumer:
             # records between. Dropping the batch costs one fetch.
             self.rewind(self._handed)
             return []
-        records = self._records(messages)
+        records = self._ours(messages)
         self._raise_if_broken()
         self._client_at = self._client_positions()
         events.emit("kafka.polled", records=len(records))
@@ -116,21 +115,21 @@ class GroupConsumer:
             return []
         return [first, *self._consumer.consume(limit - 1, linger)] if limit > 1 else [first]
 
-    def _records(self, messages: list[ClientMessage]) -> list[Record]:
-        records: list[Record] = []
+    def _ours(self, messages: list[ClientMessage]) -> list[Fetched]:
+        records: list[Fetched] = []
         handed, ended = self._handed, self.ended
         for message in messages:
             if (error := message.error()) is not None:
                 self._notice(message, error)
                 continue
-            record = record_of(message)
-            stands = handed.get(record.partition)
+            partition, offset = message.partition() or 0, message.offset() or 0
+            stands = handed.get(partition)
             # One from behind where we stand (a leftover from before a rewind) would move the position back.
-            if stands is not None and record.offset >= stands:
-                handed[record.partition] = record.offset + 1
+            if stands is not None and offset >= stands:
+                handed[partition] = offset + 1
                 if ended:
-                    ended.pop(record.partition, None)
-                records.append(record)
+                    ended.pop(partition, None)
+                records.append(Fetched(partition, offset, message))
         return records
 
     def _refuse_lost_log(self, messages: list[ClientMessage]) -> None:

@@ -4,10 +4,29 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from typing import NamedTuple
 
 from confluent_kafka import Message as ClientMessage
 
 from eoframework.message import Headers, Record
+
+
+class Fetched(NamedTuple):
+    """One delivery as the client holds it; its record is made when it is wanted.
+
+    Made of thousands at once, the records' many small parts push one another out of the processor's cache.
+    """
+
+    partition: int
+    offset: int
+    message: ClientMessage
+
+    def __str__(self) -> str:
+        return f"{self.message.topic()}[{self.partition}]@{self.offset}"
+
+    def record(self) -> Record:
+        """The record, made anew by each call."""
+        return record_of(self.message)
 
 
 def record_of(message: ClientMessage) -> Record:

@@ -12,6 +12,7 @@ import secrets
 import socket
 import threading
 import uuid
+from collections import deque
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 
@@ -23,9 +24,9 @@ from eoframework.kafka.config import consumer_config, transform_config
 from eoframework.kafka.consumer import GroupConsumer
 from eoframework.kafka.membership import Membership
 from eoframework.kafka.offsets import OutOfRange
+from eoframework.kafka.records import Fetched
 from eoframework.kafka.transaction import TransactionalProducer
 from eoframework.lifecycle import Backoff
-from eoframework.message import Record
 from eoframework.settings import Settings
 from eoframework.transform.failure import Failures, Held
 from eoframework.transform.ladder import check_ladder
@@ -74,6 +75,7 @@ class TransformWorker:
         self._once = once
         self._draining = stop or threading.Event()
         self._largest = self._limit = settings.transform_batch
+        self._fetched = 0
         self._stands: dict[int, Stand] = {}
         """Where the group stands in the partitions that are ours and known."""
         self._waiting: set[int] = set()
@@ -145,21 +147,18 @@ class TransformWorker:
         consumer = self._member()
         self._settle(consumer)
         self._retry_waiting(consumer)
-        records = self._fetch(consumer)
-        touched = {record.partition for record in records}
-        if not touched <= self._stands.keys():
-            touched &= self._stands.keys()
-            records = [record for record in records if record.partition in touched]
+        records = deque([record for record in self._fetch(consumer) if record.partition in self._stands])
+        self._fetched = len(records)
         if records:
             try:
-                self._run(consumer, records, touched)
+                self._run(consumer, records)
             except Retryable as trouble:
                 # They count as handed out: to go on with the next ones would skip them.
-                self._doubt(consumer, trouble, records)
+                self._doubt(consumer, trouble)
         self._keep_house()
         return 0.0
 
-    def _fetch(self, consumer: GroupConsumer) -> list[Record]:
+    def _fetch(self, consumer: GroupConsumer) -> list[Fetched]:
         patience = _SHORT if self._waiting or self._retry_at else self._settings.max_wait
         try:
             return consumer.fetch(self._limit, patience, linger=self._settings.transform_interval)
@@ -170,27 +169,30 @@ class TransformWorker:
                 self._beginning.ask_topic(self._stream)()
             raise
 
-    def _run(self, consumer: GroupConsumer, records: list[Record], touched: set[int]) -> None:
+    def _run(self, consumer: GroupConsumer, records: deque[Fetched]) -> None:
         self._running_since = clock.monotonic()
         deadline = self._running_since + self._settings.max_poll_interval / 3
+        touched = {record.partition for record in records}
         try:
             # Now, and not when the offsets are sent: if the group throws us out in between, this is what the broker
             # refuses. Then it would be the metadata of a stranger, which it accepts unchecked.
             membership = consumer.membership()
             self._note_takeovers(touched, membership)
         except DOUBTFUL as trouble:
-            self._doubt(consumer, trouble, records)
+            self._doubt(consumer, trouble)
             return
         alone = self._suspicion.careful(touched)
         same = self._beginning.ask_topic(self._stream)
         outcome = Outcome(dict(self._stands))
         for singly in (True, False) if alone else (False,):
-            part = [record for record in records if (record.partition in alone) == singly] if alone else records
+            part = deque(record for record in records if (record.partition in alone) == singly) if alone else records
             if part and outcome.trouble is None:
+                ends = {record.partition: record.offset + 1 for record in part}
+                careful = list(part) if singly else []
                 outcome = self._transformer.run(
                     part, membership, outcome.stands, deadline=deadline, confirm=same, singly=singly
                 )
-                self._apply(consumer, outcome, part)
+                self._apply(consumer, outcome, ends, careful)
 
     def _note_takeovers(self, touched: Iterable[int], membership: Membership) -> None:
         notes = self._suspicion.to_note(self._stands, set(touched))
@@ -201,17 +203,15 @@ class TransformWorker:
 
     # --- outcomes ---
 
-    def _apply(self, consumer: GroupConsumer, outcome: Outcome, records: list[Record]) -> None:
+    def _apply(self, consumer: GroupConsumer, outcome: Outcome, ends: dict[int, int], careful: list[Fetched]) -> None:
         """Follow what was committed; fetch again what was not."""
         if outcome.trouble is not None:
-            self._doubt(consumer, outcome.trouble, records)
+            self._doubt(consumer, outcome.trouble)
             return
-        ends = {record.partition: record.offset + 1 for record in records}
         for partition, end in ends.items():
             stand, before = outcome.stands[partition], self._stands[partition]
-            if self._suspicion.careful([partition]):
-                ran = sum(r.partition == partition and r.offset < stand.offset for r in records)
-                self._suspicion.survived(partition, ran)
+            ran = sum(r.partition == partition and r.offset < stand.offset for r in careful)
+            self._suspicion.survived(partition, ran)
             self._stands[partition] = stand
             if stand.offset != before.offset:
                 self._blocked.pop(partition, None)
@@ -222,9 +222,9 @@ class TransformWorker:
         for held in outcome.held.values():
             self._hold(consumer, held)
 
-    def _doubt(self, consumer: GroupConsumer, trouble: Exception, records: list[Record]) -> None:
+    def _doubt(self, consumer: GroupConsumer, trouble: Exception) -> None:
         """Not confirmed is not committed, until the group's offsets say otherwise: all partitions wait for that."""
-        self._limit = max(1, len(records) // 2)
+        self._limit = max(1, self._fetched // 2)
         self._refuse_twin(trouble)
         log.warning(
             "%s: %s The transaction was given up; where the group stands is read anew, nothing is lost or sent twice",

@@ -414,9 +414,9 @@ MUTANTS = (
         "an unconfirmed transaction taken for one that did not happen",
         "outputs are made again of what was committed",
         "transform/worker.py",
-        "            self._doubt(consumer, outcome.trouble, records)\n            return\n        ends = ",
+        "            self._doubt(consumer, outcome.trouble)\n            return\n        for partition, end",
         "            consumer.rewind({p: stand.offset for p, stand in self._stands.items()})\n            return\n"
-        "        ends = ",
+        "        for partition, end",
         "doubts, transform",
         "late requests, transform",
     ),

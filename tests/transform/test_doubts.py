@@ -247,7 +247,7 @@ def test_slow_is_no_twin(mill: Mill, caplog: pytest.LogCaptureFixture) -> None:
     worker._pause = QUICK
     for _ in range(5):
         worker._running_since -= NEVER
-        worker._doubt(worker._member(), Fenced("INVALID_PRODUCER_EPOCH."), [])
+        worker._doubt(worker._member(), Fenced("INVALID_PRODUCER_EPOCH."))
     mill.pour([1])
     mill.run_to(1)
     assert mill.ground() == [1]
