@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,11 +51,18 @@ def services(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 @pytest.fixture(scope="session")
 def template(services: Addresses) -> Iterator[str]:
     """A migrated database to copy: migrating for each test would cost more than most tests."""
+    with database_to_copy(services) as url:
+        yield url
+
+
+@contextmanager
+def database_to_copy(services: Addresses) -> Iterator[str]:
+    """A migrated database that does not mind to be copied."""
     with database_named(services, f"eo_template_{uuid.uuid4().hex[:12]}") as url:
         database = open_database(url, Schema())
         migrating.upgrade(database)
         with database.begin("test") as connection:
-            # Tests do on purpose what only somebody who copied a database would: they work on copies of this one.
+            # Tests do on purpose what only somebody who copied a database would.
             connection.execute(text("UPDATE eo.outbox SET home = NULL"))
         database.engine.dispose()
         yield url
@@ -124,7 +132,7 @@ class database_named:  # noqa: N801 - used as a context manager, reads as a func
 
     def __enter__(self) -> str:
         template = f' TEMPLATE "{self._source}"' if self._source else ""
-        if self._source and self._source != self._admin_url.database:
+        if self._source:
             # A pooler keeps its sessions when its clients have gone, and who is copied must be alone.
             self._run(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{self._source}'")
         self._run(f'CREATE DATABASE "{self._name}"{template}')

@@ -158,8 +158,10 @@ def _on_commit(connection: Connection) -> None:
         events.emit("publish.committing", messages=len(buffer.kept))
     except BaseException:
         # SQLAlchemy takes the transaction for ended after a failed commit, and sends no ROLLBACK any more: the next
-        # COMMIT on this connection would make the effects durable without their messages.
-        connection.dialect.do_rollback(connection.connection)
+        # COMMIT on this connection would make the effects durable without their messages. A connection that is lost has
+        # taken its transaction with it; to ask for it would hide what happened behind another error.
+        if not connection.invalidated:
+            connection.dialect.do_rollback(connection.connection)
         raise
 
 

@@ -11,6 +11,7 @@ from confluent_kafka import Consumer, Message, Producer, TopicPartition
 from pydantic import BaseModel
 
 from eoframework import App, Topic, clock
+from eoframework.errors import Retryable
 from eoframework.kafka.admin import Admin
 from eoframework.settings import Settings
 from eoframework.transform.mark import Mark
@@ -82,7 +83,14 @@ class Mill:
 
     def run_to(self, offset: int, *, partition: int = 0, **options: Any) -> None:
         """Until the group's offset is there."""
-        self.run_until(lambda: self.offset(partition) == offset, **options)
+        self.run_until(lambda: self._is_at(partition, offset), **options)
+
+    def _is_at(self, partition: int, offset: int) -> bool:
+        try:
+            return self.offset(partition) == offset
+        except Retryable:
+            # A transaction that has not ended may still move it: "not yet", as long as that takes.
+            return False
 
     # --- what Kafka says ---
 

@@ -15,11 +15,8 @@ from pathlib import Path
 import pytest
 
 from eoframework import dev
-from eoframework.db import migrating
-from eoframework.db.session import open_database
 from eoframework.dev import processes
-from eoframework.schema import Schema
-from tests.conftest import Addresses
+from tests.conftest import Addresses, database_to_copy
 from tests.consume.nursery import Forked
 from tests.processes import eventually
 from tests.protocol_proxy import LateEndTxn, LateOffsets, ProtocolProxy
@@ -46,11 +43,8 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Own]:
     properties = {"advertised.listeners": f"PLAINTEXT://127.0.0.1:{proxy_port}"}
     options = dev.KafkaOptions(port=broker_port, properties=properties)
     with dev.start(directory / ".eo", kafka=options) as services:
-        database = open_database(services.database_url, Schema())
-        migrating.upgrade(database)
-        database.engine.dispose()
         addresses = Addresses(services.database_url, f"127.0.0.1:{proxy_port}")
-        with open_stages(addresses, services.database_url, directory) as stages:
+        with database_to_copy(addresses) as template, open_stages(addresses, template, directory) as stages:
             yield Own(stages, proxy)
     proxy.close()
 
