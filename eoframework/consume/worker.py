@@ -29,6 +29,7 @@ from eoframework.kafka.admin import Admin
 from eoframework.kafka.config import consumer_config
 from eoframework.kafka.consumer import GroupConsumer
 from eoframework.kafka.offsets import OutOfRange
+from eoframework.kafka.rest import Rest
 from eoframework.lifecycle import Backoff
 from eoframework.message import Record
 from eoframework.settings import Settings
@@ -78,6 +79,7 @@ class ConsumeWorker:
         self._topic_asked: Callable[[], None] = lambda: None
         self._consumer: GroupConsumer | None = None
         self._once = once
+        self._rest = Rest(settings, admin, group=handler.group, topic=handler.topic.name)
         self._draining = stop or threading.Event()
 
     # --- lifecycle ---
@@ -129,12 +131,14 @@ class ConsumeWorker:
         return stream
 
     def drained(self) -> bool:
-        """Every partition assigned to us has been processed to its end."""
+        """Everything has been processed to its end."""
         waits = any(not isinstance(self._blocked[p].error, ParkingFull) for p in self._retry_at if p in self._blocked)
         if self._consumer is None or self._ownership.waiting or self._drain.busy or waits:
             return False
         claimed = set(self._ownership.claims)
-        return bool(claimed) and self._consumer.read_to_the_end(claimed - set(self._blocked), self._admin.watermarks)
+        running = claimed - set(self._blocked)
+        done = bool(claimed) and self._consumer.read_to_the_end(running, self._admin.watermarks)
+        return done and self._rest.is_done(claimed)
 
     def close(self) -> None:
         """Release the partitions, commit the group's offsets, leave the group."""

@@ -25,6 +25,7 @@ from eoframework.kafka.consumer import GroupConsumer
 from eoframework.kafka.membership import Membership
 from eoframework.kafka.offsets import OutOfRange
 from eoframework.kafka.records import Fetched
+from eoframework.kafka.rest import Rest
 from eoframework.kafka.transaction import TransactionalProducer
 from eoframework.lifecycle import Backoff
 from eoframework.settings import Settings
@@ -84,6 +85,7 @@ class TransformWorker:
         self._retry_at: dict[int, float] = {}
         """When those go on, also if where they stand is read anew meanwhile."""
         self._suspicion = Suspicion(careful_for=self._largest)
+        self._rest = Rest(settings, admin, group=transform.group, topic=transform.topic.name)
         self._pause = Backoff(longest=_LONGEST_BACKOFF)
         self._next_check = 0.0
         self._fenced: list[float] = []
@@ -103,8 +105,7 @@ class TransformWorker:
         self._targets = Targets(transform, self._admin)
         client_id = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
         name = f"eo.transform.{transform.group}.{settings.instance or uuid.uuid4()}"
-        config = transform_config(settings, transactional_id=name, client_id=name)
-        self._producer = TransactionalProducer(config)
+        self._producer = TransactionalProducer(transform_config(settings, transactional_id=name, client_id=name))
         if (largest := self._targets.largest_request()) is not None:
             self._producer.limit_request(largest)
         self._transformer = Transformer(
@@ -123,11 +124,12 @@ class TransformWorker:
         )
 
     def drained(self) -> bool:
-        """Every partition assigned to us has been read to its end, and waits for nothing."""
+        """Everything has been read to its end, and nothing waits."""
         if self._consumer is None or self._waiting or self._retry_at:
             return False
         running = self._stands.keys() - self._blocked.keys()
-        return bool(self._stands) and self._consumer.read_to_the_end(running, self._admin.watermarks)
+        done = bool(self._stands) and self._consumer.read_to_the_end(running, self._admin.watermarks)
+        return done and self._rest.is_done(set(self._stands))
 
     def close(self) -> None:
         """Leave the group and end the producer; nothing is in flight."""
@@ -313,7 +315,8 @@ class TransformWorker:
     def _where(self, partitions: list[int], *, timeout: float) -> dict[int, tuple[int, str] | None]:
         """The group's offsets, and what was written with them."""
         # In this order: the new producer ends what the last one left open, and only then do the offsets tell.
-        self._ready().make_ready()
+        assert self._producer is not None
+        self._producer.make_ready()
         return self._member().committed(partitions, timeout=timeout)
 
     def _stand_at(self, found: Mapping[int, tuple[int, str] | None]) -> dict[int, int]:
@@ -393,8 +396,3 @@ class TransformWorker:
         if self._consumer is None:
             raise AssertionError(f"{self.name}: step before start")
         return self._consumer
-
-    def _ready(self) -> TransactionalProducer:
-        if self._producer is None:
-            raise AssertionError(f"{self.name}: step before start")
-        return self._producer

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from confluent_kafka import Consumer, IsolationLevel, KafkaException, TopicPartition
-from confluent_kafka.admin import AdminClient, NewTopic, OffsetSpec
+from confluent_kafka.admin import AdminClient, ConsumerGroupDescription, NewTopic, OffsetSpec
 from pydantic import BaseModel
 
 from eoframework import clock
@@ -110,9 +110,15 @@ class Scene:
 
     def members(self, stage: Stage) -> list[str]:
         """The client ids of the group's members."""
+        return [str(member.client_id) for member in self._described(stage).members]
+
+    def shares(self, stage: Stage) -> list[int]:
+        """How many partitions each of the group's members has."""
+        return [len(member.assignment.topic_partitions) for member in self._described(stage).members]
+
+    def _described(self, stage: Stage) -> ConsumerGroupDescription:
         group = self.groups[stage]
-        told = admin_client(self.servers).describe_consumer_groups([group], request_timeout=10)[group].result()
-        return [str(member.client_id) for member in told.members]
+        return admin_client(self.servers).describe_consumer_groups([group], request_timeout=10)[group].result()
 
     def ends(self, topic: str, *, stable: bool) -> dict[int, int]:
         """Where each partition ends for read_committed readers (`stable`), or for others."""
