@@ -66,6 +66,7 @@ class GroupConsumer:
         """The client's own position after the last clean fetch: ours, or further on past transaction markers."""
         self._rebalances = 0
         self._callback_error: BaseException | None = None
+        self._leaving = False
         self._broken: KafkaError | None = None
         """Why the client will never hand out anything again."""
         self.ended: dict[int, int] = {}
@@ -296,6 +297,7 @@ class GroupConsumer:
         """Commit these and leave the group; without a goodbye if Kafka does not answer within 5 s."""
         # While the coordinator is away a commit waits 45 s, and so do closing and even dropping a client that has one
         # under way: longer than an orchestrator waits after SIGTERM. A daemon thread may be left behind inside it.
+        self._leaving = True
         farewell = threading.Thread(target=self._leave, args=(offsets,), name="leaving the group", daemon=True)
         farewell.start()
         farewell.join(_FAREWELL_SECONDS)
@@ -317,7 +319,10 @@ class GroupConsumer:
         self._rebalances += 1
         starts: Mapping[int, int | None] = {}
         try:
-            starts = self._on_assigned([p.partition for p in partitions])
+            # What a member is given while it leaves is another's in a moment: a claim made now, after all others were
+            # released, would stay behind, and its successor would be as careful as after a crash.
+            if not self._leaving:
+                starts = self._on_assigned([p.partition for p in partitions])
         except BaseException as error:  # noqa: BLE001 - kept and raised by fetch; here it would lose records
             self._callback_error = error
         where = [TopicPartition(self._topic, p.partition, _start(starts.get(p.partition))) for p in partitions]
