@@ -36,7 +36,7 @@ test-postgres: $(READY) ## The spine on the oldest and newest PostgreSQL and thr
 
 # Each goes on where it was stopped, and adds to docs/campaign/.
 MINUTES ?= 10
-campaign: $(READY) ## Crashes without end: forked processes, models, client errors, the full stack; then the report (MINUTES=10 of each)
+campaign: $(READY) ## Crashes without end: forked processes, models, client errors, the full stack, cuts, planted bugs; then the report (MINUTES=10)
 	@echo "== forked"
 	@$(BIN)/python -m tests.campaign.forked --kills 1000000000 --minutes $(MINUTES)
 	@echo "== model"
@@ -47,6 +47,10 @@ campaign: $(READY) ## Crashes without end: forked processes, models, client erro
 	@$(BIN)/python -m tests.campaign.full --minutes $(MINUTES)
 	@$(BIN)/python -m tests.campaign.full --minutes $(MINUTES) --seed 2 --pairs
 	@$(BIN)/python -m tests.campaign.full --minutes $(MINUTES) --seed 3 --outages
+	@echo "== cuts"
+	@$(BIN)/python -m tests.campaign.cuts --minutes $(MINUTES)
+	@echo "== planted bugs"
+	@$(BIN)/python -m tests.campaign.mutation --minutes $(MINUTES)
 	@$(BIN)/python -m tests.campaign.report
 
 lint: $(READY) ## Style, types and import rules

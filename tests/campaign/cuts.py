@@ -1,7 +1,7 @@
 """Calls in doubt: PostgreSQL's COMMIT and Kafka's EndTxn are cut, in short rounds that are judged from outside.
 
     python -m tests.campaign.cuts [--cuts N] [--minutes N] [--seed N] [--lanes N] [--replay SEED:ROUND]
-                                  [--without position|happened|checkpoint|offsets] [--report FILE]
+                                  [--without NAME] [--report FILE]
 
 Rounds go on until so many cuts of each kind were made or so many minutes are over; what they came to is added to
 docs/campaign/cuts.json, and the next call goes on after the last round of its seed. SIGTERM and Ctrl-C end it after the
@@ -146,7 +146,7 @@ def main() -> int:
     options = Options.parse()
     directory = Path(tempfile.mkdtemp(prefix="eo-cuts-"))
     print(f"seed {options.replay or options.seed}; logs of what goes wrong in {directory}", flush=True)
-    campaign = Campaign(options, Report(options.report))
+    campaign = Campaign(options, Report(options.report if options.counts else directory / "cuts.json"))
 
     def stop(*_: object) -> None:
         campaign.stopped = True

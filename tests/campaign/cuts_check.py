@@ -35,11 +35,11 @@ def judge(world: World) -> list[str]:
     strangers = [line for line in _lines(visits) if line.n >= STRANGERS]
     handled = rows + strangers
     found = [*world.problems, *still_open, *_told(world, {row.n for row in rows})]
-    found += _same("visits", _lines(visits), handled)
-    found += _same("entries", [Line(*row) for row in _rows(world, "SELECT key, n FROM entry ORDER BY id")], handled)
+    found += same("visits", _lines(visits), handled)
+    found += same("entries", [Line(*row) for row in _rows(world, "SELECT key, n FROM entry ORDER BY id")], handled)
     found += _accounts(world, handled)
-    found += _same("bookings", _lines(bookings), handled)
-    found += _same("slips", _lines(slips), [Line(k, n, part) for k, n, _ in handled for part in range(SLIPS)])
+    found += same("bookings", _lines(bookings), handled)
+    found += same("slips", _lines(slips), [Line(k, n, part) for k, n, _ in handled for part in range(SLIPS)])
     found += _positions(world, visits, bookings)
     found += _left_over(world)
     return found
@@ -53,7 +53,7 @@ def _told(world: World, there: set[int]) -> Iterable[str]:
             yield f"visit {n}: {outcome}, and its row is {'there' if n in there else 'not there'}"
 
 
-def _same(what: str, found: Sequence[Line], wanted: Sequence[Line]) -> Iterable[str]:
+def same(what: str, found: Sequence[Line], wanted: Sequence[Line]) -> Iterable[str]:
     """Everything once, nothing else, and each key in its order."""
     there, expected = Counter(found), Counter(wanted)
     if lost := expected - there:

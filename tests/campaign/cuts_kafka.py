@@ -9,11 +9,12 @@ from __future__ import annotations
 import socket
 import struct
 import threading
+from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
 
 from tests.campaign.cuts_fates import Fates, Listener, Moment, hang_up
-from tests.protocol_proxy import END_TXN, Request, read_frame
+from tests.protocol_proxy import ADD_OFFSETS, ADD_PARTITIONS, END_TXN, PRODUCE, Request, read_frame
 
 _METADATA, _FIND_COORDINATOR, _INIT_PRODUCER_ID, _DESCRIBE_CLUSTER = 3, 10, 22, 60
 _WHERE = frozenset({_METADATA, _FIND_COORDINATOR, _DESCRIBE_CLUSTER})
@@ -43,6 +44,10 @@ class KafkaProxy(Listener):
         """Producers whose EndTxns get no further, until a new one takes their place."""
         self._doubtful: set[str] = set()
         """Producers whose EndTxn was cut: the next one is the same, sent again."""
+        self._tainted: set[str] = set()
+        """Producers of which an EndTxn may still be under way: the next one's epoch must come first."""
+        self.went_on: Counter[str] = Counter()
+        """Producers that sent something into another transaction all the same."""
         self._state = threading.Lock()
         super().__init__()
         host = broker[0].encode()
@@ -90,21 +95,26 @@ class KafkaProxy(Listener):
         self.gone(line.client, line.server)
 
     def _fate(self, request: Request) -> Moment | None:
-        if request.key not in (END_TXN, _INIT_PRODUCER_ID):
+        if request.key not in (END_TXN, _INIT_PRODUCER_ID, PRODUCE, ADD_PARTITIONS, ADD_OFFSETS):
             return None
         who = _client_id(request)
         with self._state:
+            if request.key == _INIT_PRODUCER_ID:
+                for known in (self._doubtful, self._deaf, self._tainted):
+                    known.discard(who)
+            if request.key != END_TXN:
+                if who in self._tainted:
+                    self.went_on[_of(who)] += 1
+                return None
             again = who in self._doubtful
             self._doubtful.discard(who)
-            if request.key == _INIT_PRODUCER_ID:
-                self._deaf.discard(who)
-                return None
             if who in self._deaf:
                 return "before"
             if self.fates is None or again or not request.commits:
                 return None
             moment = self.fates.draw("EndTxn", _of(who))
             if moment is not None:
+                self._tainted.add(who)
                 (self._deaf if self.fates.gives_up() else self._doubtful).add(who)
             return moment
 

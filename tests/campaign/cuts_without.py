@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,12 +13,11 @@ from eoframework.consume.worker import ConsumeWorker
 from eoframework.db.pending import PendingRows
 from eoframework.db.position import Claim, Positions
 from eoframework.errors import LostConnection
+from eoframework.kafka import transaction
 from eoframework.kafka.consumer import GroupConsumer
 from eoframework.message import Record
 from eoframework.transform.worker import TransformWorker
 from tests.campaign import nemeses_without
-
-WITHOUT = ("position", "happened", "checkpoint", "offsets")
 
 
 @contextmanager
@@ -27,14 +27,20 @@ def without(name: str) -> Iterator[None]:
     "position": after a doubt the handler's worker believes what it knew before, and writes unguarded;
     "happened": it believes that its COMMIT had happened;
     "checkpoint": what Kafka knows of the relay's last batch is not asked;
-    "offsets": a transform whose commit is in doubt does not ask where its group stands.
+    "offsets": a transform whose commit is in doubt does not ask where its group stands;
+    "quarantine": a producer whose EndTxn may have been sent twice goes on.
     """
-    kept: list[tuple[type, str]] = [(PendingRows, "remove_published"), (Positions, "advance"), (Ownership, "_renew")]
+    kept: list[tuple[object, str]] = [
+        (transaction, "_QUARANTINE_SHARE"),
+        (PendingRows, "remove_published"),
+        (Positions, "advance"),
+        (Ownership, "_renew"),
+    ]
     kept += [(ConsumeWorker, "_apply"), (TransformWorker, "_doubt"), (TransformWorker, "_where")]
     originals = [(owner, attribute, getattr(owner, attribute)) for owner, attribute in kept]
     try:
         if name:
-            {"position": _position, "happened": _happened, "checkpoint": _checkpoint, "offsets": _offsets}[name]()
+            _OUT[name]()
         yield
     finally:
         for owner, attribute, original in originals:
@@ -85,3 +91,17 @@ def _offsets() -> None:
 
     TransformWorker._doubt = remember  # type: ignore[method-assign]
     TransformWorker._where = believe  # type: ignore[method-assign]
+
+
+def _quarantine() -> None:
+    transaction._QUARANTINE_SHARE = math.inf
+
+
+_OUT = {
+    "position": _position,
+    "happened": _happened,
+    "checkpoint": _checkpoint,
+    "offsets": _offsets,
+    "quarantine": _quarantine,
+}
+WITHOUT = tuple(_OUT)

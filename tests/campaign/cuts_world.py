@@ -157,6 +157,11 @@ class Round:
             postgres.fates = kafka.fates = self._fates
             self._live(world, self._settings(url, postgres, kafka))
             postgres.fates = kafka.fates = None
+            for whose, times in kafka.went_on.items():
+                # Harmless here, where nothing comes late; elsewhere the second copy ends what is open when it comes.
+                world.problems.append(
+                    f"{whose} went on with a producer whose EndTxn may be sent twice ({times} requests)"
+                )
             yield world
 
     def result(self, violations: list[str], seconds: float) -> Result:

@@ -18,7 +18,7 @@ _HEAD = """# The crash campaign
 
 Rendered by `python -m tests.campaign.report` from the files beside it, which `make campaign` adds to. What is counted
 here was seen; none of it is a proof. "Rule of three": with no violation in N crashes, the chance of one is below 3/N at
-95 % confidence, for crashes drawn as these were.
+95 % confidence, for crashes drawn as these were; the same for cuts, each of which leaves a call in doubt.
 """
 
 
@@ -33,16 +33,20 @@ def render(directory: Path = DIRECTORY) -> str:
 
 def statement(layer: Mapping[str, Any]) -> str:
     """What the layer's numbers say, and no more."""
-    violations, kills = len(layer.get("violations", ())), _kills(layer)
-    if not kills:
+    violations, (faults, what) = len(layer.get("violations", ())), _faults(layer)
+    if not faults:
         return f"{violations} violations"
     if violations:
-        return f"{violations} violations in {kills:,} injected crashes"
-    return f"0 violations in {kills:,} injected crashes (rule of three: < {3 / kills:.1e} at 95 %)"
+        return f"{violations} violations in {faults:,} injected {what}"
+    return f"0 violations in {faults:,} injected {what} (rule of three: < {3 / faults:.1e} at 95 %)"
 
 
-def _kills(layer: Mapping[str, Any]) -> int:
-    return sum(count for kind, count in (layer.get("injected") or {}).items() if kind.startswith("kill"))
+def _faults(layer: Mapping[str, Any]) -> tuple[int, str]:
+    """What its statement is about: crashes; where nothing was killed, connections that were cut."""
+    for begins, what in (("kill", "crashes"), ("cut ", "cuts")):
+        if count := sum(count for kind, count in (layer.get("injected") or {}).items() if kind.startswith(begins)):
+            return count, what
+    return 0, ""
 
 
 def _overview(layers: list[dict[str, Any]]) -> Iterator[str]:
