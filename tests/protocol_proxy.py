@@ -16,7 +16,9 @@ from typing import Literal, NamedTuple, Protocol
 
 from eoframework import clock
 
-PRODUCE, ADD_PARTITIONS, ADD_OFFSETS, END_TXN, TXN_OFFSETS = 0, 24, 25, 26, 28
+PRODUCE, INIT_PRODUCER, ADD_PARTITIONS, ADD_OFFSETS, END_TXN, TXN_OFFSETS = 0, 22, 24, 25, 26, 28
+_FLEXIBLE = {PRODUCE: 9, INIT_PRODUCER: 2, ADD_PARTITIONS: 3, ADD_OFFSETS: 3, END_TXN: 3, TXN_OFFSETS: 3}
+"""From which version on lengths are varints and fields are followed by tagged ones."""
 _BROKERS_OWN = 4
 """From this version on AddPartitionsToTxn is what brokers ask each other (they use the same listener)."""
 _PATIENCE = 1.0
@@ -28,6 +30,8 @@ ERRORS = {
     16: "NOT_COORDINATOR",
     22: "ILLEGAL_GENERATION",
     25: "UNKNOWN_MEMBER_ID",
+    45: "OUT_OF_ORDER_SEQUENCE_NUMBER",
+    46: "DUPLICATE_SEQUENCE_NUMBER",
     47: "INVALID_PRODUCER_EPOCH",
     48: "INVALID_TXN_STATE",
     49: "INVALID_PRODUCER_ID_MAPPING",
@@ -61,12 +65,22 @@ class Request(NamedTuple):
         return bool(last)
 
     @property
-    def in_transaction(self) -> bool:
-        """Of a Produce: whether it names a transactional id. Those that do not are of clients that fill topics."""
-        named = 12 + 2 + max(0, struct.unpack_from(">h", self.frame, 12)[0])
-        if self.version < 9:
-            return bool(struct.unpack_from(">h", self.frame, named)[0] >= 0)
-        return self.frame[named + 1] > 0  # after the header's tagged fields, of which there are none
+    def transactional_id(self) -> str | None:
+        """Of any request of `_FLEXIBLE`, the first field. None is in those of clients that fill topics."""
+        at = 12 + 2 + max(0, struct.unpack_from(">h", self.frame, 12)[0])
+        if self.version < _FLEXIBLE[self.key]:
+            length, at = struct.unpack_from(">h", self.frame, at)[0], at + 2
+        else:
+            length, at = _varint(self.frame, at + 1)  # after the header's tagged fields, of which there are none
+            length -= 1
+        return None if length < 0 else self.frame[at : at + length].decode()
+
+    @property
+    def what(self) -> str:
+        """What a report calls it."""
+        if self.key == END_TXN:
+            return f"EndTxn {'commit' if self.commits else 'abort'}"
+        return {PRODUCE: "Produce", TXN_OFFSETS: "TxnOffsetCommit"}.get(self.key, str(self.key))
 
 
 class Rule(Protocol):
@@ -173,6 +187,8 @@ class ProtocolProxy:
     delivered: int = 0
     answers: list[str] = field(default_factory=list)
     """What the broker said to each request that came late, by Kafka's name of the error."""
+    came: list[tuple[str, str]] = field(default_factory=list)
+    """Which request that was, and the answer to it: of all rules that there were."""
     _held: _Held | None = None
     _awaited: _Held | None = None
     _answered: threading.Event = field(default_factory=threading.Event)
@@ -239,6 +255,7 @@ class ProtocolProxy:
             if late is not None and late.server is server and late.request.correlation == correlation:
                 code = error_code(late.request, frame)
                 self.answers.append(ERRORS.get(code, str(code)))
+                self.came.append((late.request.what, self.answers[-1]))
                 self._answered.set()
                 return
             key = self._pending.pop((id(client), correlation), None)
@@ -288,15 +305,16 @@ class ProtocolProxy:
             self._answered.clear()
         if late is None:
             return
-        late.server.sendall(late.request.frame)
-        self._answered.wait(_PATIENCE)
+        with contextlib.suppress(OSError):  # the broker has hung up: it comes late for ever
+            late.server.sendall(late.request.frame)
+            self._answered.wait(_PATIENCE)
         self.delivered += 1
 
 
 def _of_transaction(request: Request) -> bool:
-    if request.key == PRODUCE:
-        return request.in_transaction
-    return request.key in (ADD_OFFSETS, END_TXN, TXN_OFFSETS) or _adds_partitions(request)
+    if request.key not in _FLEXIBLE or (request.key == ADD_PARTITIONS and not _adds_partitions(request)):
+        return False
+    return request.transactional_id is not None
 
 
 def _adds_partitions(request: Request) -> bool:
@@ -307,18 +325,28 @@ def _adds_partitions(request: Request) -> bool:
 
 
 def error_code(request: Request, answer: bytes) -> int:
-    """What the broker's answer says: an EndTxn's code, or the first of a TxnOffsetCommit's partitions."""
+    """What the broker's answer says: an EndTxn's code, or that of the first partition."""
     if request.key == END_TXN:
         tags = 1 if request.version >= 3 else 0
         return int(struct.unpack_from(">h", answer, 8 + tags + 4)[0])
-    assert request.key == TXN_OFFSETS, request.key
-    assert request.version >= 3, "with less there is no group metadata to check"
-    at = 8 + 1 + 4  # size and correlation id, no tagged fields, throttle time
+    assert request.key in (TXN_OFFSETS, PRODUCE), request.key
+    assert request.version >= _FLEXIBLE[request.key], "an older client than any of ours"
+    at = 8 + 1 + (4 if request.key == TXN_OFFSETS else 0)  # size and correlation id, no tagged fields, throttle time
     at += 1  # one topic
     length = answer[at]  # of its name, plus one; test topics are shorter than 127
     at += length
     at += 1  # number of partitions, plus one
     return int(struct.unpack_from(">h", answer, at + 4)[0])
+
+
+def _varint(frame: bytes, at: int) -> tuple[int, int]:
+    """An unsigned one, and where it ends."""
+    value = shift = 0
+    while True:
+        value |= (frame[at] & 0x7F) << shift
+        if frame[at] < 0x80:
+            return value, at + 1
+        at, shift = at + 1, shift + 7
 
 
 def read_frame(source: socket.socket) -> bytes | None:

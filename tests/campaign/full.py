@@ -1,7 +1,7 @@
 """The full stack on a real broker and a real server: many short runs under kills and other faults, each judged.
 
     python -m tests.campaign.full [--kills N] [--minutes N] [--seed N] [--points NAME,NAME] [--pairs] [--lanes N]
-                                  [--outages] [--replay SEED:RUN]
+                                  [--outages] [--late] [--upkeep] [--replay SEED:RUN]
 
 Runs go on until so many kills were made or so many minutes are over; what they came to is added to
 docs/campaign/full.json, and the next call goes on after the last run of its seed. SIGTERM and Ctrl-C end it cleanly.
@@ -18,6 +18,7 @@ import traceback
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from eoframework import clock, dev
@@ -26,10 +27,23 @@ from tests.campaign.full_places import template_database
 from tests.campaign.full_plans import Options, plan_of
 from tests.campaign.full_tally import Report, versions
 from tests.campaign.full_world import Result, World
+from tests.campaign.nemeses_network import proxy_of_all_clients
+from tests.campaign.nemeses_upkeep import BROKER
 from tests.conftest import Addresses
+from tests.protocol_proxy import ProtocolProxy
 
 SESSION_TIMEOUT_MS = 3000
 _PROGRESS_EVERY = 10.0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What all runs have in common."""
+
+    services: dev.Services
+    addresses: Addresses
+    proxy: ProtocolProxy | None = None
+    """Before the broker, where requests are to come late."""
 
 
 class Campaign:
@@ -46,12 +60,11 @@ class Campaign:
         self._runs = 0
         self._versions: dict[str, str] = {}
 
-    def run(self, services: dev.Services) -> None:
-        addresses = Addresses(services.database_url, services.bootstrap_servers)
-        self._versions = versions(services.database_url)
-        with template_database(addresses, f"campaign_{uuid.uuid4().hex[:10]}") as template:
+    def run(self, stage: Stage) -> None:
+        self._versions = versions(stage.services.database_url)
+        with template_database(stage.addresses, f"campaign_{uuid.uuid4().hex[:10]}") as template:
             lanes = [
-                threading.Thread(target=self._lane, args=(services, addresses, template), name=f"lane-{number}")
+                threading.Thread(target=self._lane, args=(stage, template), name=f"lane-{number}")
                 for number in range(self.options.lanes)
             ]
             for lane in lanes:
@@ -63,12 +76,12 @@ class Campaign:
                     self._progress()
         self._save()
 
-    def _lane(self, services: dev.Services, addresses: Addresses, template: str) -> None:
+    def _lane(self, stage: Stage, template: str) -> None:
         with Zygote() as zygote:
             while (number := self._take()) is not None:
-                plan = plan_of(self.options, number, services)
+                plan = plan_of(self.options, number, stage.services, stage.proxy)
                 try:
-                    result = World(addresses, template, zygote, self.directory, plan, stop=self.stop).run()
+                    result = World(stage.addresses, template, zygote, self.directory, plan, stop=self.stop).run()
                 except Exception:  # noqa: BLE001 - the harness stumbled: said, counted as nothing, and the rest goes on
                     with self._lock:
                         self.problems.append(f"run {plan.seed}:\n{traceback.format_exc()}")
@@ -91,13 +104,15 @@ class Campaign:
             self._save()
             if self.options.verbose:
                 print(f"run {result.plan.seed}: {result.tally.kills} kills, {result.sent} sent, drained in", end=" ")
-                print(f"{result.drained and round(result.drained, 1)} s, {result.seconds:.0f} s in all", flush=True)
+                print(f"{result.drained and round(result.drained, 1)} s, {result.seconds:.0f} s in all", end=" ")
+                print(dict(result.tally.answers or ()), flush=True)
         for violation in result.violations:
             print(f"run {result.plan.seed}: {violation.invariant}: {violation.what}", flush=True)
 
     def _save(self) -> None:
         now = clock.monotonic()
-        if not self.options.replay:
+        # What is seen without a protection is no finding.
+        if not self.options.replay and not self.options.without:
             self.report.write(seconds=now - self._saved, versions=self._versions)
         self._saved = now
 
@@ -114,13 +129,17 @@ class Campaign:
 
 
 @contextmanager
-def services_of_our_own(state: Path) -> Iterator[dev.Services]:
+def stage_of_our_own(state: Path, *, late: bool = False, upkeep: bool = False) -> Iterator[Stage]:
     """A broker that gives silent members up soon, and a server that need not survive the machine: kill -9 of its
     processes loses nothing that was handed to the kernel."""
-    options = dev.KafkaOptions(session_timeout_ms=SESSION_TIMEOUT_MS, heap_mb=768)
     settings = {"fsync": "off", "full_page_writes": "off", "max_connections": "400"}
-    with dev.start(state, kafka=options, postgres=dev.PostgresOptions(settings=settings)) as services:
-        yield services
+    with ExitStack() as stack:
+        proxy, options = stack.enter_context(proxy_of_all_clients()) if late else (None, dev.KafkaOptions())
+        properties = {**options.properties, **(BROKER if upkeep else {})}
+        options = replace(options, session_timeout_ms=SESSION_TIMEOUT_MS, heap_mb=768, properties=properties)
+        services = stack.enter_context(dev.start(state, kafka=options, postgres=dev.PostgresOptions(settings=settings)))
+        servers = services.bootstrap_servers if proxy is None else f"127.0.0.1:{proxy.port}"
+        yield Stage(services, Addresses(services.database_url, servers), proxy)
 
 
 def rule_of_three(violations: int, kills: int) -> str:
@@ -138,8 +157,8 @@ def main() -> int:
     campaign = Campaign(options, Report(), directory)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: campaign.stop.set())
-    with ExitStack() as stack:
-        campaign.run(stack.enter_context(services_of_our_own(state)))
+    with stage_of_our_own(state, late=options.late, upkeep=options.upkeep) as stage:
+        campaign.run(stage)
     print(rule_of_three(len(campaign.report.violations), campaign.report.kills))
     return 1 if campaign.report.violations or campaign.problems else 0
 

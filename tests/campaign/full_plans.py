@@ -11,7 +11,9 @@ from pathlib import Path
 from eoframework import dev
 from tests.campaign.full_world import Plan
 from tests.campaign.nemeses import Role, points_of
+from tests.campaign.nemeses_network import LateRequests
 from tests.campaign.nemeses_services import Outages
+from tests.protocol_proxy import ProtocolProxy
 
 _PAIRS_A_RUN = 6
 
@@ -28,6 +30,8 @@ class Options:
     points: tuple[str, ...] = ()
     pairs: bool = False
     outages: bool = False
+    late: bool = False
+    upkeep: bool = False
     gentle: bool = False
     kills_a_run: int = 40
     longest: float = 45.0
@@ -47,6 +51,8 @@ class Options:
         parser.add_argument("--points", type=lambda names: tuple(names.split(",")), default=())
         parser.add_argument("--pairs", action="store_true", help="a kill, and another while its successor recovers")
         parser.add_argument("--outages", action="store_true", help="broker and server are killed and frozen, one lane")
+        parser.add_argument("--late", action="store_true", help="requests of Kafka transactions come late, one lane")
+        parser.add_argument("--upkeep", action="store_true", help="what was processed is deleted from the topics")
         parser.add_argument("--gentle", action="store_true", help="crash points and nothing else")
         parser.add_argument("--kills-a-run", type=int, default=cls.kills_a_run)
         parser.add_argument("--longest", type=float, default=cls.longest, help="seconds of faults in a run")
@@ -59,7 +65,7 @@ class Options:
 
     def _settled(self) -> Options:
         changes: dict[str, object] = {}
-        if self.outages:
+        if self.outages or self.late:
             changes["lanes"] = 1
         if self.replay:
             seed, _ = self.replay.split(":")
@@ -67,7 +73,7 @@ class Options:
         return Options(**{**vars(self), **changes})
 
 
-def plan_of(options: Options, number: int, services: dev.Services) -> Plan:
+def plan_of(options: Options, number: int, services: dev.Services, proxy: ProtocolProxy | None) -> Plan:
     """The run of this number: from the seed alone, whoever runs it and when."""
     if options.replay:
         number = int(options.replay.split(":")[1])
@@ -81,6 +87,8 @@ def plan_of(options: Options, number: int, services: dev.Services) -> Plan:
         gentle=options.gentle,
         without=options.without,
         outage=Outages(services, seed) if options.outages else None,
+        upkeep=options.upkeep,
+        network=LateRequests(proxy, seed) if proxy is not None else None,
     )
 
 

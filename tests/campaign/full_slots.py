@@ -28,6 +28,8 @@ class Tally:
     points: Counter[str] = field(default_factory=Counter)
     pairs: Counter[str] = field(default_factory=Counter)
     exits: Counter[str] = field(default_factory=Counter)
+    answers: Counter[str] = field(default_factory=Counter)
+    """What the broker said to requests that came late."""
 
     @property
     def kills(self) -> int:

@@ -53,6 +53,7 @@ class Report:
         for name, counts in (("injected", result.tally.kinds), ("points", result.tally.points)):
             document[name] = _sum(document[name], counts)
         document["pairs"] = _sum(document["pairs"], result.tally.pairs)
+        document["late_answers"] = _sum(document.get("late_answers", {}), result.tally.answers)
         document["runs"] += 1
         document["messages"] += result.sent
         document["aborted_records"] += result.aborted

@@ -29,6 +29,8 @@ from tests.campaign.full_places import proxy_before, through, throw_away_databas
 from tests.campaign.full_slots import APP, Slot, Tally
 from tests.campaign.ledger import SOURCES, Place, Sample, Snapshot, sends
 from tests.campaign.nemeses import PEACE, Fate, Role, lives, pairs_of_lives
+from tests.campaign.nemeses_network import LateRequests
+from tests.campaign.nemeses_upkeep import Archive, Upkeep
 from tests.campaign.nemeses_world import Disturbances
 from tests.conftest import Addresses
 from tests.proxy import Proxy
@@ -79,6 +81,12 @@ class Plan:
     """A protection that the processes run without."""
     outage: Callable[[float, Counter[str]], None] | None = None
     """Called with the seconds since the run began, now and then: it breaks a service, mends it, and counts that."""
+    network: LateRequests | None = None
+    """Brings single requests late."""
+    upkeep: bool = False
+    """What was processed is deleted from the topics."""
+    deleted_past: int = 0
+    """So many records more than were processed: the run must not come to its end."""
 
 
 @dataclass
@@ -117,6 +125,7 @@ class World:
         self.directory.mkdir(parents=True)
         self._static = self._chance.random() < 0.5
         self._cuts = self._chance.random() < 0.3 and not plan.gentle and plan.outage is None
+        self._long = plan.network is not None or plan.upkeep
         self._twice = self._chance.random() < 0.4
         self._keys = self._chance.choice((1, 3, 8))
         self.tally = Tally()
@@ -124,6 +133,7 @@ class World:
         self._sample_at = 0.0
         self.slots: list[Slot] = []
         self._admin = AdminClient({"bootstrap.servers": addresses.bootstrap_servers, "log_level": 0})
+        self._archive = Archive(addresses.bootstrap_servers, self.name)
 
     # --- from beginning to end ---
 
@@ -146,8 +156,13 @@ class World:
             self._torment(engine, load, disturbances)
             load.finish()
             disturbances.heal()
+            if self.plan.network is not None:
+                self.plan.network.rest(self.tally.kinds)
             with reading.Tail(self.addresses.bootstrap_servers) as tail:
                 result.drained = self._drain(engine, history, tail)
+            if self.plan.network is not None:
+                self.plan.network.end(self.tally.kinds)
+                self.tally.answers += self.plan.network.answers
             snapshot = self._snapshot(engine, result.drained)
         result.violations, result.sent = check(snapshot), load.sent
         result.aborted = sum(map(len, snapshot.uncommitted.values())) - sum(map(len, snapshot.committed.values()))
@@ -173,7 +188,7 @@ class World:
             fates = (
                 pairs_of_lives(seed, role, pairs)
                 if pairs
-                else lives(seed, role, only=self.plan.only, gentle=self.plan.gentle)
+                else lives(seed, role, only=self.plan.only, gentle=self.plan.gentle, long=self._long)
             )
             self.slots.append(
                 Slot(
@@ -207,6 +222,7 @@ class World:
     # --- faults ---
 
     def _torment(self, engine: Engine, load: Load, disturbances: Disturbances) -> None:
+        upkeep = self._upkeep(engine) if self.plan.upkeep else None
         for slot in self.slots:
             slot.start()
         began = clock.monotonic()
@@ -223,8 +239,18 @@ class World:
                     self.tally.kinds["aborted entries"] += 1
             if self.plan.outage is not None:
                 self.plan.outage(clock.monotonic() - began, self.tally.kinds)
+            if self.plan.network is not None:
+                self.plan.network(clock.monotonic() - began, self.tally.kinds)
+            if upkeep is not None:
+                upkeep(clock.monotonic() - began, self.tally.kinds)
             self._sample(engine)
             clock.sleep(0.02)
+
+    def _upkeep(self, engine: Engine) -> Upkeep:
+        seed, past = self.plan.seed, self.plan.deleted_past
+        upkeep = Upkeep(self._archive, self._admin, engine, self.name, seed, offsets=self._offsets, past=past)
+        upkeep.begin()
+        return upkeep
 
     def _attend(self, fate: Fate | None = None) -> None:
         """Whoever has ended is followed by the next one; None: with what the seed has for it."""
@@ -321,9 +347,8 @@ class World:
     # --- judgement ---
 
     def _snapshot(self, engine: Engine, drained: float | None) -> Snapshot:
-        servers = self.addresses.bootstrap_servers
         open_ = reading.held_up(self._admin, self.name, PARTITIONS) + reading.open_transactions(engine)
-        committed = reading.read_all(servers, self.name, isolation="read_committed")
+        committed = self._archive.read("read_committed")
         leaks = Counter(reading.left(engine)) + Counter(processes=sum(len(slot.pids) for slot in self.slots))
         part = reading.database_part(engine)
         offsets = self._offsets()
@@ -331,7 +356,7 @@ class World:
         return Snapshot(
             sends=sends(histories.read(self.directory / "history.jsonl")),
             committed=committed,
-            uncommitted=reading.read_all(servers, self.name, isolation="read_uncommitted"),
+            uncommitted=self._archive.read("read_uncommitted"),
             group_offsets=offsets,
             ends=reading.last_records(committed),
             samples=tuple(self._samples),

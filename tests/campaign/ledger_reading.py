@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import TracebackType
 from typing import Any
 from uuid import UUID
@@ -58,18 +58,30 @@ def topic_names(world: str) -> dict[str, str]:
 # --- Kafka ------------------------------------------------------------------------------------------------------------
 
 
-def read_all(servers: str, world: str, *, isolation: str) -> dict[str, tuple[Read, ...]]:
-    """Every record of the run's topics, partition by partition, up to where each ends now."""
+def read_all(
+    servers: str,
+    world: str,
+    *,
+    isolation: str,
+    since: Mapping[Place, int] | None = None,
+    only: Collection[Place] | None = None,
+    within: float = _READ_WITHIN,
+) -> dict[str, tuple[Read, ...]]:
+    """Every record of the run's topics, partition by partition, up to where each ends now.
+
+    since: where to begin, by a topic's whole name and partition, else at 0. only: these partitions.
+    """
     names = {name: short for short, name in topic_names(world).items()}
     consumer = Consumer(
         {**_CONFIG, "bootstrap.servers": servers, "group.id": f"reader-{world}", "isolation.level": isolation}
     )
     try:
         metadata = consumer.list_topics(timeout=20).topics
-        waiting = {(name, partition) for name in names for partition in metadata[name].partitions}
+        there = {(name, partition) for name in names for partition in metadata[name].partitions}
+        waiting = there if only is None else there & set(only)
         found: dict[tuple[str, int], list[Read]] = {place: [] for place in waiting}
-        consumer.assign([TopicPartition(*place, 0) for place in waiting])
-        deadline = clock.monotonic() + _READ_WITHIN
+        consumer.assign([TopicPartition(*place, (since or {}).get(place, 0)) for place in waiting])
+        deadline = clock.monotonic() + within
         while waiting:
             if clock.monotonic() > deadline:
                 raise AssertionError(f"not read to the end: {waiting}")

@@ -123,8 +123,12 @@ def flow_of(role: Role) -> str:
     return "consume" if role in _CONSUMERS else "transform" if role == "crumble" else role
 
 
-def lives(seed: str, role: Role, *, only: Collection[str] = (), gentle: bool = False) -> Iterator[Fate]:
-    """What happens to one slot's processes, one after the other, for ever; `gentle`: nothing but crash points."""
+def lives(
+    seed: str, role: Role, *, only: Collection[str] = (), gentle: bool = False, long: bool = False
+) -> Iterator[Fate]:
+    """What happens to one slot's processes, one after the other, for ever; `gentle`: nothing but crash points; `long`:
+    most are left alone for seconds, so that what is done to the services meets them at work.
+    """
     chance = random.Random(seed)
     names = [name for name in points_of(role, rare=bool(only)) if not only or name in only] or list(points_of(role))
     while True:
@@ -132,6 +136,8 @@ def lives(seed: str, role: Role, *, only: Collection[str] = (), gentle: bool = F
         other = chance.random()
         if not gentle:
             fate = _other(chance, fate, other)
+        if long and chance.random() < 0.75:
+            fate = Fate("moment", after=chance.uniform(5.0, 15.0))
         yield replace(fate, clock=chance.choice((-HOUR, HOUR))) if not gentle and chance.random() < 0.05 else fate
 
 

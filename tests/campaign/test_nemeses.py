@@ -1,0 +1,84 @@
+"""What is done to a run's network, asked without one; and a run in which too much is deleted, which must show."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import pytest
+
+from tests.campaign.checker import by_invariant
+from tests.campaign.full_nursery import Zygote
+from tests.campaign.full_places import template_database
+from tests.campaign.full_world import Plan, World
+from tests.campaign.nemeses_network import KINDS, LateByChance
+from tests.conftest import Addresses
+from tests.processes import eventually
+from tests.protocol_proxy import ADD_PARTITIONS, END_TXN, INIT_PRODUCER, PRODUCE, TXN_OFFSETS, Request
+
+OURS = "eo.relay.x.0"
+_TAIL = {"EndTxn commit": b"\1\0", "EndTxn abort": b"\0\0"}
+_KEYS = {"EndTxn commit": END_TXN, "EndTxn abort": END_TXN, "TxnOffsetCommit": TXN_OFFSETS, "Produce": PRODUCE}
+
+
+def request(key: int, *, by: str = OURS, tail: bytes = b"\1\0") -> Request:
+    """As librdkafka sends it: flexible versions but for AddPartitionsToTxn, whose later ones are the brokers' own."""
+    name = by.encode()
+    version = {PRODUCE: 10, INIT_PRODUCER: 4, ADD_PARTITIONS: 0}.get(key, 3)
+    told = struct.pack(">h", len(name)) if key == ADD_PARTITIONS else b"\0" + bytes([len(name) + 1])
+    body = struct.pack(">hhih", key, version, 7, 2) + b"rd" + told + name + tail
+    return Request.parse(struct.pack(">i", len(body)) + body)
+
+
+def taken(rule: LateByChance) -> str:
+    """The kind of the next request that is held."""
+    found: list[str] = []
+
+    def offered() -> bool:
+        assert not rule.takes(request(END_TXN, by="entries.ghosts")), "the harness' own"
+        found.extend(kind for kind in KINDS if rule.takes(request(_KEYS[kind], tail=_TAIL.get(kind, b"\0\0"))))
+        return bool(found)
+
+    eventually(offered, "a request is held", seconds=5)
+    return found[0]
+
+
+def test_a_late_request_comes_in_the_next_transaction() -> None:
+    """Not within its own, and at the latest before the next one's end; every kind comes by, and is named."""
+    rule, kinds = LateByChance("1:1"), set()
+    rule.resting = False
+    for _ in range(30):
+        kinds.add(taken(rule))
+        of_its_own = [request(PRODUCE), request(END_TXN)]
+        for again in of_its_own:
+            assert not rule.due(again)
+            rule.passed(again)
+        came = False
+        for following in (request(ADD_PARTITIONS), request(PRODUCE), request(PRODUCE), request(END_TXN)):
+            came = came or rule.due(following)
+            rule.passed(following)
+        assert came
+    assert kinds == set(KINDS)
+
+
+def test_a_run_whose_records_are_deleted_too_early_does_not_pass(services: Addresses, tmp_path: Path) -> None:
+    """What is seen when retention takes records that nobody has processed: the workers stop, none goes on behind them.
+    With nothing deleted past the positions the same plan ends with no violation.
+    """
+    plan = Plan("past", kills=3, longest=15, roles=("book",), gentle=True, upkeep=True, deleted_past=5, patience=3)
+    name = f"campaign_{tmp_path.parent.name.replace('-', '_')}_past"
+    with template_database(services, name) as template, Zygote() as zygote:
+        result = World(services, template, zygote, tmp_path, plan).run()
+    found = by_invariant(result.violations)
+    assert {"I1", "I10"} <= found.keys(), found
+    assert result.tally.exits["exit 70"]
+
+
+@pytest.mark.parametrize("by", ["eo.relay.x.0", "x" * 300])
+def test_a_transactional_id_is_read_off_any_request(by: str) -> None:
+    """Long ones too, whose length takes two bytes."""
+    length = len(by) + 1
+    told = bytes([length]) if length < 128 else bytes([length & 0x7F | 0x80, length >> 7])
+    body = struct.pack(">hhih", END_TXN, 3, 7, -1) + b"\0" + told + by.encode() + b"\1\0"
+    assert Request.parse(struct.pack(">i", len(body)) + body).transactional_id == by
+    assert request(PRODUCE, by=OURS).transactional_id == request(ADD_PARTITIONS, by=OURS).transactional_id == OURS
