@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eoframework import clock
-from tests.campaign.mutants import LAYERS, MUTANTS, Mutant
+from tests.campaign.mutant import LAYERS, Mutant
+from tests.campaign.mutants import MUTANTS
 from tests.processes import REPOSITORY
 
 REPORT = REPOSITORY / "docs" / "campaign" / "mutation.json"

@@ -6,7 +6,8 @@ import ast
 
 import pytest
 
-from tests.campaign.mutants import LAYERS, MUTANTS, Mutant
+from tests.campaign.mutant import LAYERS, Mutant
+from tests.campaign.mutants import MUTANTS
 from tests.campaign.mutation import planted
 from tests.processes import REPOSITORY
 
