@@ -28,6 +28,7 @@ def upgrade(
     assignments: options.Set = None,
 ) -> None:
     """Bring the tables to a version, in one transaction."""
+    _refuse_an_app(revision)
     database = reach.server(options.start(assignments), wait=not no_wait)
     before = migrating.current(database)
     after = migrating.upgrade(database, revision)
@@ -43,11 +44,23 @@ def downgrade(
     assignments: options.Set = None,
 ) -> None:
     """Take the tables back to a version, in one transaction."""
+    _refuse_an_app(revision)
     database = reach.server(options.start(assignments), wait=not no_wait)
     before = migrating.current(database)
     after = migrating.downgrade(database, revision)
     document = {"from": before, "to": after, "schema": database.schema.name}
     options.show(document, f"{before or 'no tables'} -> {after or 'no tables'}", as_json=as_json)
+
+
+def _refuse_an_app(revision: str, *, ranges: bool = False) -> None:
+    """Most commands want MODULE:APP here; alembic would take it for a range of versions."""
+    first, colon, last = revision.partition(":")
+    if colon and not (ranges and {first, last} & {"base", "head", *migrating.versions()}):
+        raise typer.BadParameter(
+            f"{revision!r} is no version: our tables are the same for every app, so no app is named here. Leave it out "
+            f"for the newest, or give one of {', '.join(migrating.versions())}",
+            param_hint="REVISION",
+        )
 
 
 @app.command()
@@ -150,5 +163,6 @@ def adopt(
 @app.command()
 def sql(revision: Revision = "head", assignments: options.Set = None) -> None:
     """Print the SQL of an upgrade, for a DBA to apply; needs no database. FROM:TO prints a part."""
+    _refuse_an_app(revision, ranges=True)
     settings = options.start(assignments)
     options.show(None, migrating.sql(Schema(settings.database_schema), revision).rstrip(), as_json=False)

@@ -58,6 +58,11 @@ def head() -> str:
     return revision
 
 
+def versions() -> list[str]:
+    """All that this code knows, the oldest first."""
+    return [script.revision for script in _scripts().walk_revisions()][::-1]
+
+
 def current(database: Database) -> str | None:
     """The version of the database, None when our tables are not there."""
     with database.begin("reading the schema's version") as connection:

@@ -42,6 +42,13 @@ def test_a_handler_that_is_not_there(bare_shell: Shell) -> None:
     assert "Did you mean 'book'?" in bare_shell.run("run", APP, "--handler", "boook", code=5).stderr
 
 
+@pytest.mark.parametrize("command", ["upgrade", "downgrade", "sql"])
+def test_an_app_where_a_version_belongs(bare_shell: Shell, command: str) -> None:
+    said = " ".join(bare_shell.run("db", command, APP, code=2).stderr.replace("│", " ").split())
+    assert f"{APP!r} is no version" in said
+    assert "Leave it out for the newest, or give one of eo0001, eo0002" in said
+
+
 def test_missing_topics_name_the_command(bare_shell: Shell) -> None:
     said = bare_shell.run("run", APP, code=3).stderr
     assert bare_shell.orders in said
