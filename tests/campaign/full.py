@@ -1,7 +1,8 @@
 """The full stack on a real broker and a real server: many short runs under kills and other faults, each judged.
 
     python -m tests.campaign.full [--kills N] [--minutes N] [--seed N] [--points NAME,NAME] [--pairs] [--lanes N]
-                                  [--outages] [--late] [--upkeep] [--replay SEED:RUN]
+                                  [--outages] [--late] [--upkeep] [--full-disk]
+                                  [--replay SEED:RUN]
 
 Runs go on until so many kills were made or so many minutes are over; what they came to is added to
 docs/campaign/full.json, and the next call goes on after the last run of its seed. SIGTERM and Ctrl-C end it cleanly.
@@ -27,6 +28,7 @@ from tests.campaign.full_places import template_database
 from tests.campaign.full_plans import Options, plan_of
 from tests.campaign.full_tally import Report, versions
 from tests.campaign.full_world import Result, World
+from tests.campaign.nemeses_disk import SETTINGS, CannotMount, small_disk
 from tests.campaign.nemeses_network import proxy_of_all_clients
 from tests.campaign.nemeses_upkeep import BROKER
 from tests.conftest import Addresses
@@ -44,6 +46,8 @@ class Stage:
     addresses: Addresses
     proxy: ProtocolProxy | None = None
     """Before the broker, where requests are to come late."""
+    disk: Path | None = None
+    """The server's own, where that is to be full."""
 
 
 class Campaign:
@@ -79,7 +83,7 @@ class Campaign:
     def _lane(self, stage: Stage, template: str) -> None:
         with Zygote() as zygote:
             while (number := self._take()) is not None:
-                plan = plan_of(self.options, number, stage.services, stage.proxy)
+                plan = plan_of(self.options, number, stage.services, stage.proxy, stage.disk)
                 try:
                     result = World(stage.addresses, template, zygote, self.directory, plan, stop=self.stop).run()
                 except Exception:  # noqa: BLE001 - the harness stumbled: said, counted as nothing, and the rest goes on
@@ -129,17 +133,32 @@ class Campaign:
 
 
 @contextmanager
-def stage_of_our_own(state: Path, *, late: bool = False, upkeep: bool = False) -> Iterator[Stage]:
+def stage_of_our_own(state: Path, chosen: Options) -> Iterator[Stage]:
     """A broker that gives silent members up soon, and a server that need not survive the machine: kill -9 of its
     processes loses nothing that was handed to the kernel."""
     settings = {"fsync": "off", "full_page_writes": "off", "max_connections": "400"}
     with ExitStack() as stack:
-        proxy, options = stack.enter_context(proxy_of_all_clients()) if late else (None, dev.KafkaOptions())
-        properties = {**options.properties, **(BROKER if upkeep else {})}
+        proxy, options = stack.enter_context(proxy_of_all_clients()) if chosen.late else (None, dev.KafkaOptions())
+        disk = stack.enter_context(_disk(state)) if chosen.full_disk else None
+        if disk is not None:
+            settings |= SETTINGS
+        properties = {**options.properties, **(BROKER if chosen.upkeep else {})}
         options = replace(options, session_timeout_ms=SESSION_TIMEOUT_MS, heap_mb=768, properties=properties)
         services = stack.enter_context(dev.start(state, kafka=options, postgres=dev.PostgresOptions(settings=settings)))
         servers = services.bootstrap_servers if proxy is None else f"127.0.0.1:{proxy.port}"
-        yield Stage(services, Addresses(services.database_url, servers), proxy)
+        yield Stage(services, Addresses(services.database_url, servers), proxy, disk)
+
+
+@contextmanager
+def _disk(state: Path) -> Iterator[Path | None]:
+    """The server's own disk; None, and that is said, where we may not make one."""
+    with ExitStack() as stack:
+        try:
+            disk = stack.enter_context(small_disk(state))
+        except CannotMount as error:
+            print(f"No disk is filled: {error}", flush=True)
+            disk = None
+        yield disk
 
 
 def rule_of_three(violations: int, kills: int) -> str:
@@ -157,7 +176,7 @@ def main() -> int:
     campaign = Campaign(options, Report(), directory)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: campaign.stop.set())
-    with stage_of_our_own(state, late=options.late, upkeep=options.upkeep) as stage:
+    with stage_of_our_own(state, options) as stage:
         campaign.run(stage)
     print(rule_of_three(len(campaign.report.violations), campaign.report.kills))
     return 1 if campaign.report.violations or campaign.problems else 0

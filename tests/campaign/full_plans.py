@@ -11,6 +11,7 @@ from pathlib import Path
 from eoframework import dev
 from tests.campaign.full_world import Plan
 from tests.campaign.nemeses import Role, points_of
+from tests.campaign.nemeses_disk import FullDisk
 from tests.campaign.nemeses_network import LateRequests
 from tests.campaign.nemeses_services import Outages
 from tests.protocol_proxy import ProtocolProxy
@@ -32,6 +33,7 @@ class Options:
     outages: bool = False
     late: bool = False
     upkeep: bool = False
+    full_disk: bool = False
     gentle: bool = False
     kills_a_run: int = 40
     longest: float = 45.0
@@ -53,6 +55,7 @@ class Options:
         parser.add_argument("--outages", action="store_true", help="broker and server are killed and frozen, one lane")
         parser.add_argument("--late", action="store_true", help="requests of Kafka transactions come late, one lane")
         parser.add_argument("--upkeep", action="store_true", help="what was processed is deleted from the topics")
+        parser.add_argument("--full-disk", action="store_true", help="the server's disk is full, one lane; needs root")
         parser.add_argument("--gentle", action="store_true", help="crash points and nothing else")
         parser.add_argument("--kills-a-run", type=int, default=cls.kills_a_run)
         parser.add_argument("--longest", type=float, default=cls.longest, help="seconds of faults in a run")
@@ -65,7 +68,7 @@ class Options:
 
     def _settled(self) -> Options:
         changes: dict[str, object] = {}
-        if self.outages or self.late:
+        if self.outages or self.late or self.full_disk:
             changes["lanes"] = 1
         if self.replay:
             seed, _ = self.replay.split(":")
@@ -73,11 +76,14 @@ class Options:
         return Options(**{**vars(self), **changes})
 
 
-def plan_of(options: Options, number: int, services: dev.Services, proxy: ProtocolProxy | None) -> Plan:
+def plan_of(
+    options: Options, number: int, services: dev.Services, proxy: ProtocolProxy | None, disk: Path | None
+) -> Plan:
     """The run of this number: from the seed alone, whoever runs it and when."""
     if options.replay:
         number = int(options.replay.split(":")[1])
     seed = f"{options.seed}:{number}"
+    outage = FullDisk(services, disk, seed) if disk is not None else None
     return Plan(
         seed=seed,
         kills=options.kills_a_run,
@@ -86,8 +92,9 @@ def plan_of(options: Options, number: int, services: dev.Services, proxy: Protoc
         pairs=_pairs(options.seed, number) if options.pairs else (),
         gentle=options.gentle,
         without=options.without,
-        outage=Outages(services, seed) if options.outages else None,
+        outage=Outages(services, seed) if options.outages else outage,
         upkeep=options.upkeep,
+        long=options.late or options.upkeep or options.full_disk,
         network=LateRequests(proxy, seed) if proxy is not None else None,
     )
 

@@ -9,10 +9,11 @@ import signal
 import threading
 import uuid
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from confluent_kafka import ConsumerGroupTopicPartitions, KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient
@@ -61,6 +62,16 @@ _STATIC = {
 }
 
 
+class Outage(Protocol):
+    """Breaks a service and mends it."""
+
+    def __call__(self, seconds: float, counts: Counter[str]) -> None:
+        """Called now and then, with the seconds since the run began: do what is due, and count it."""
+
+    def heal(self, counts: Counter[str]) -> None:
+        """Mend what is broken still."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a run is to be; with its seed it is the same run again."""
@@ -79,12 +90,13 @@ class Plan:
     """Seconds that the drain may last."""
     without: str = ""
     """A protection that the processes run without."""
-    outage: Callable[[float, Counter[str]], None] | None = None
-    """Called with the seconds since the run began, now and then: it breaks a service, mends it, and counts that."""
+    outage: Outage | None = None
     network: LateRequests | None = None
     """Brings single requests late."""
     upkeep: bool = False
     """What was processed is deleted from the topics."""
+    long: bool = False
+    """Most processes are left alone for seconds."""
     deleted_past: int = 0
     """So many records more than were processed: the run must not come to its end."""
 
@@ -101,6 +113,8 @@ class Result:
     drained: float | None = None
     aborted: int = 0
     """Records that a read_uncommitted reader sees and others do not."""
+    snapshot: Snapshot = field(default_factory=Snapshot)
+    """What was judged."""
 
 
 class World:
@@ -125,7 +139,6 @@ class World:
         self.directory.mkdir(parents=True)
         self._static = self._chance.random() < 0.5
         self._cuts = self._chance.random() < 0.3 and not plan.gentle and plan.outage is None
-        self._long = plan.network is not None or plan.upkeep
         self._twice = self._chance.random() < 0.4
         self._keys = self._chance.choice((1, 3, 8))
         self.tally = Tally()
@@ -154,6 +167,8 @@ class World:
             )
             disturbances = Disturbances(engine, proxy, f"{self.plan.seed} world", history, self.tally.kinds)
             self._torment(engine, load, disturbances)
+            if self.plan.outage is not None:
+                self.plan.outage.heal(self.tally.kinds)
             load.finish()
             disturbances.heal()
             if self.plan.network is not None:
@@ -164,7 +179,7 @@ class World:
                 self.plan.network.end(self.tally.kinds)
                 self.tally.answers += self.plan.network.answers
             snapshot = self._snapshot(engine, result.drained)
-        result.violations, result.sent = check(snapshot), load.sent
+        result.violations, result.sent, result.snapshot = check(snapshot), load.sent, snapshot
         result.aborted = sum(map(len, snapshot.uncommitted.values())) - sum(map(len, snapshot.committed.values()))
         result.seconds = clock.monotonic() - began
         if not result.violations:
@@ -188,7 +203,7 @@ class World:
             fates = (
                 pairs_of_lives(seed, role, pairs)
                 if pairs
-                else lives(seed, role, only=self.plan.only, gentle=self.plan.gentle, long=self._long)
+                else lives(seed, role, only=self.plan.only, gentle=self.plan.gentle, long=self.plan.long)
             )
             self.slots.append(
                 Slot(

@@ -34,6 +34,9 @@ class Outages:
         self._do(kind, lasting)
         self._next = seconds + lasting + self._chance.uniform(2.0, 6.0)
 
+    def heal(self, counts: Counter[str]) -> None:
+        """Nothing lasts."""
+
     def _do(self, kind: str, lasting: float) -> None:
         kafka, postgres = self._services.kafka, self._services.postgres
         if kind == "broker killed":
