@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from eoframework.cli import options
-from eoframework.crashtest.user_question import Question, crash_test, recorded
+from eoframework.crashtest.user_question import Question, crash_test, recorded, refuse_what_cannot_be
 from eoframework.crashtest.user_stage import Stage
 from eoframework.errors import ConfigurationError
 
@@ -31,7 +31,7 @@ Range = Annotated[
 ]
 Topics = Annotated[Several, typer.Option("--topic", help="Generate for this topic only; may be repeated.")]
 Seed = Annotated[int | None, typer.Option(help="Of the messages and points; default a new one.")]
-Minutes = Annotated[float | None, typer.Option(help="Stop after so long.")]
+Minutes = Annotated[float | None, typer.Option(min=0, help="Begin no more crashes after so long.")]
 Points = Annotated[Several, typer.Option(help="Only this event or flow (consume, relay ...); may be repeated.")]
 Allow = Annotated[Several, typer.Option(help="A variable, address or statement that is no effect; may be repeated.")]
 DatabaseEnv = Annotated[
@@ -87,6 +87,7 @@ def command(
 def _run(question: Question, span: str, *, as_json: bool) -> int:
     # As Ctrl-C does: what was started is ended on the way out.
     signal.signal(signal.SIGTERM, _leave)
+    refuse_what_cannot_be(question, given=bool(span))
     given = recorded(span) if span else ()
     _say(f"seed {question.seed}; starting Kafka and PostgreSQL")
     with Stage() as stage:

@@ -53,11 +53,14 @@ class History:
     differences: Sequence[Difference]
 
     def lines(self) -> list[str]:
-        shown = [f"  {one}" for one in self.messages[:5]]
+        shown = [str(one) for one in self.messages[:_SHOWN]]
         if len(self.messages) > len(shown):
-            shown.append(f"  ... {len(self.messages)} messages in all")
+            shown.append(f"... {len(self.messages)} messages in all; --json has them")
         rows = [f"  {one.place}: {row}" for one in self.differences for row in one.rows]
-        return [f"eo {self.process} killed at {self.point}, after these messages were sent:", *shown, "differs:", *rows]
+        event = self.point.partition(":")[0].removeprefix("moving ").removesuffix("+")
+        again = f"again: put these lines into a file, and add --sample FILE --points {event} to the command"
+        head = f"eo {self.process} killed at {self.point}, after these messages were sent:"
+        return [head, *shown, again, "differs:", *rows]
 
     def document(self) -> dict[str, Any]:
         return {
@@ -79,6 +82,8 @@ class Report:
     beside: list[Beside] = field(default_factory=list)
     left_out: dict[str, frozenset[str]] = field(default_factory=dict)
     unsteady: dict[str, str] = field(default_factory=dict)
+    chance: set[str] = field(default_factory=set)
+    """Lines at which handlers ask for the time, or for chance."""
     history: History | None = None
     skipped: int = 0
     """Points for which there was no time."""
@@ -109,6 +114,7 @@ class Report:
             "beside": [asdict(one) for one in self.beside],
             "left_out": {name: sorted(columns) for name, columns in self.left_out.items()},
             "unsteady": self.unsteady,
+            "chance": sorted(self.chance),
             "history": self.history.document() if self.history is not None else None,
             "skipped": self.skipped,
             "seconds": round(self.seconds, 1),
@@ -141,6 +147,8 @@ class Report:
             for name, columns in sorted(self.left_out.items())
         ]
         lines += [f"not compared: {name}: {why}" for name, why in sorted(self.unsteady.items())]
+        if self.left_out or self.unsteady:
+            lines += [f"another value each time comes from: {one}" for one in sorted(self.chance)]
         missed = [one.point for one in self.points if not one.died]
         if missed:
             lines.append(f"not reached in this run: {', '.join(missed)}")
@@ -161,12 +169,20 @@ class Report:
     def _verdict(self) -> str:
         if self.clean and self.injected:
             odds = f"rule of three: < {3 / self.injected:.2g} of crashes at 95 %"
-            return f"0 violations in {self.injected} injected crashes ({odds}); seed {self.seed}"
-        outside = f"{len(self.beside)} effects outside of transactions"
-        return f"{len(self.bad)} violations in {self.injected} injected crashes, {outside}; seed {self.seed}"
+            crashes = _number(self.injected, "injected crash", "es")
+            but = f"; {len(self.unsteady)} of the tables and topics not compared" if self.unsteady else ""
+            return f"0 violations in {crashes} ({odds}){but}; seed {self.seed}"
+        violations, outside = _number(len(self.bad), "violation"), _number(len(self.beside), "effect")
+        crashes = _number(self.injected, "injected crash", "es")
+        return f"{violations} in {crashes}, {outside} outside of transactions; seed {self.seed}"
 
 
+_SHOWN = 10
 _COUNTS = ("lost", "doubled", "changed", "reordered")
+
+
+def _number(count: int, what: str, plural: str = "s") -> str:
+    return f"{count} {what}{plural if count != 1 else ''}"
 
 
 def _told(difference: Difference) -> str:

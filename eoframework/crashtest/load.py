@@ -12,6 +12,7 @@ from typing import Any
 
 from eoframework.app import App
 from eoframework.clock import now
+from eoframework.cloudevents import MESSAGE_ID
 from eoframework.crashtest.load_generated import Payloads
 from eoframework.errors import ConfigurationError, DecodeError, EncodeError
 from eoframework.kafka.producer import Outgoing
@@ -56,8 +57,18 @@ class Sending:
         )
 
     def __str__(self) -> str:
-        key = "no key" if self.key is None else f"key {self.key.decode(errors='replace')}"
-        return f"{self.topic} ({key}): {(self.value or b'no value').decode(errors='replace')[:300]}"
+        """A line of a `--sample` file, where the payload is JSON."""
+        try:
+            payload = None if self.value is None else json.loads(self.value)
+        except ValueError:
+            payload = repr(self.value)
+        line = {"topic": self.topic, "payload": payload}
+        if self.key is not None:
+            line["key"] = self.key.decode(errors="replace")
+        identity = dict(self.headers).get(MESSAGE_ID)
+        if identity is not None:
+            line["id"] = identity.decode(errors="replace")
+        return json.dumps(line, ensure_ascii=False)
 
 
 def of_message(message: OutboxMessage) -> Sending:
@@ -89,7 +100,11 @@ def generated(topics: Sequence[Topic[Any]], *, messages: int, seed: int) -> list
 def of_sample(app: App, topics: Sequence[Topic[Any]], file: Path) -> list[Sending]:
     """The messages of a file, one JSON document a line. Raises ConfigurationError with the line's number."""
     load = []
-    for number, line in enumerate(file.read_text().splitlines(), start=1):
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{file} cannot be read: {error}.", remedy="Give a file of lines of JSON.") from error
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:

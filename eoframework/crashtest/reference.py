@@ -102,9 +102,20 @@ def _rows(name: str, wanted: Counter[str], there: Counter[str], *, key: Sequence
             missing.remove(row)
             extra.remove(other)
             changed += 1
-    told += [f"{row} is there {there[row]} times instead of {wanted[row]}" for row in dict.fromkeys(extra)]
-    told += [f"{row} is missing" for row in dict.fromkeys(missing)]
+    told += [_told(row, wanted[row], there[row]) for row in dict.fromkeys((*extra, *missing))]
     return Difference(name, lost=len(missing), doubled=len(extra), changed=changed, rows=tuple(told[:_SHOWN]))
+
+
+def _told(row: str, wanted: int, there: int) -> str:
+    if not there:
+        return f"{row} is missing"
+    if not wanted:
+        return f"{row} should not be there"
+    return f"{row} is there {_times(there)}, not {_times(wanted)}"
+
+
+def _times(number: int) -> str:
+    return {1: "once", 2: "twice"}.get(number, f"{number} times")
 
 
 def _key(row: str, columns: Sequence[str]) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import random
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +25,8 @@ _OTHER_BATCHES = (5, 3)
 _AHEAD = 1_000
 _SMALLER = (1, 3, 10, 30)
 _NOTHING_AFTER = "–"
+# So much of a statement is compared: the log is cut, and placeholders have another length there.
+_TOLD = 200
 _PUBLISHED = ("relay.selected", "relay.made_due")
 
 
@@ -36,8 +40,21 @@ class Options:
     """Names of events or of flows; all that are passed without any."""
     allowed: tuple[str, ...] = ()
     """What handlers may do besides."""
+    filled: frozenset[str] = frozenset()
+    """Topics the application fills itself, by the looks of its code: nothing is sent there, unless that is wrong."""
     generated: bool = False
     """The load was made from payload types, and not chosen by anybody."""
+
+
+def refuse_unknown_points(points: Collection[str]) -> None:
+    """Raises ConfigurationError for what is neither an event nor a flow."""
+    for name in sorted(set(points) - NAMES - set(FLOWS)):
+        near = difflib.get_close_matches(name, [*NAMES, *FLOWS], n=1)
+        meant = f"Did you mean {near[0]!r}? " if near else ""
+        raise ConfigurationError(
+            f"there is no point {name!r}.",
+            remedy=f"{meant}Give a flow: {', '.join(FLOWS)}; or an event of DESIGN.md, section 5.",
+        )
 
 
 class Campaign:
@@ -47,11 +64,7 @@ class Campaign:
         self, stage: Stage, app: UserApp, load: Sequence[Sending], options: Options, *, say: Callable[[str], None]
     ) -> None:
         """say: told what is being done, a line at a time."""
-        unknown = sorted(set(options.points) - NAMES - set(FLOWS))
-        if unknown:
-            raise ConfigurationError(
-                f"there is no point {', '.join(unknown)}.", remedy=f"Give events, or flows: {', '.join(FLOWS)}."
-            )
+        refuse_unknown_points(options.points)
         self._stage = stage
         self._app = app
         self._load = load
@@ -61,6 +74,7 @@ class Campaign:
         self._deadline = None if options.minutes is None else clock.monotonic() + options.minutes * 60
         self._others = list(_OTHER_BATCHES)
         self._statements: set[str] = set()
+        self._lines: dict[str, str] = {}
 
     def run(self) -> Report:
         """All points there is time for.
@@ -69,10 +83,8 @@ class Campaign:
         """
         began = clock.monotonic()
         report = Report(self._app.reference, self._options.seed, len(self._load))
-        first = self._undisturbed(_BATCH)
+        first = self._first_run()
         self._refuse_a_load_that_does_nothing(first)
-        if self._options.generated and self._leave_to_the_app(first):
-            first = self._undisturbed(_BATCH)
         report.messages = len(self._load)
         # What has nothing to relay needs no relay.
         if not any(name in first.hits.get("relay", {}) for name in _PUBLISHED):
@@ -97,6 +109,22 @@ class Campaign:
         report.seconds = clock.monotonic() - began
         return report
 
+    def _first_run(self) -> Result:
+        """The first run without a crash, of the load that is left when each topic is filled by one side alone."""
+        whole = self._load
+        self._load = [one for one in whole if one.topic not in self._options.filled] or whole
+        first = self._run_calmly(_BATCH)
+        names = {one.topic for one in whole} - {one.topic for one in self._load}
+        empty = {name for name in names if not first.state.tables[f"{TOPIC}{name}"].rows}
+        if empty and not first.trouble:
+            self._say(f"{', '.join(sorted(empty))}: not filled by the app itself, so messages are sent there")
+            self._load = [one for one in whole if one.topic not in names - empty]
+            first = self._run_calmly(_BATCH)
+        if self._options.generated and self._leave_to_the_app(first):
+            first = self._run_calmly(_BATCH)
+        self._refuse_trouble(first)
+        return first
+
     def _leave_to_the_app(self, first: Result) -> bool:
         """Take out of the load what is for topics that the application fills itself; whether there was any.
 
@@ -118,21 +146,28 @@ class Campaign:
             raise ConfigurationError(
                 f"every message was given up, also without a crash; the first one: {letters[0]['consumer']}: "
                 f"{letters[0]['error_class']}: {letters[0]['error']}.",
-                remedy="Fill the tables with what they ask for (--setup), or send others (--sample).",
+                remedy="Mend that, fill the tables with what they ask for (--setup), or send others (--sample).",
             )
 
     # --- runs ---
 
     def _undisturbed(self, batch: int, *, ahead: int = 0) -> Result:
+        result = self._run_calmly(batch, ahead=ahead)
+        self._refuse_trouble(result)
+        return result
+
+    def _run_calmly(self, batch: int, *, ahead: int = 0) -> Result:
         self._say(f"a run without a crash, {len(self._load)} messages, {batch} at a time")
         result = Run(self._stage, self._app, self._load, batch=batch).go(watched=True, ahead=ahead)
+        self._statements.update(result.state.outside)
+        return result
+
+    def _refuse_trouble(self, result: Result) -> None:
         if result.trouble:
             raise ConfigurationError(
                 f"{self._app.reference} does not come to its end even without a crash: {result.trouble}",
-                remedy="Mend that first, or give it another load (--sample).",
+                remedy="\nMend that first, or give it another load (--sample).",
             )
-        self._statements.update(result.state.outside)
-        return result
 
     def _cell(self, report: Report, reference: Reference, role: Role, point: str) -> Reference:
         result = Run(self._stage, self._app, self._load, batch=_BATCH).go(crash=(role, point))
@@ -150,18 +185,19 @@ class Campaign:
 
     def _smallest(self, reference: Reference, role: Role, point: str, found: list[Difference]) -> History:
         """The beginning of the load that is enough to see it."""
-        point_at_once = f"{point.rpartition(':')[0]}:1"
+        points = dict.fromkeys((f"{point.rpartition(':')[0]}:1", point))
         for size in _SMALLER:
             if size >= len(self._load):
                 break
             load = self._load[:size]
             self._say(f"the same with {size} messages")
             calm = Run(self._stage, self._app, load, batch=_BATCH).go()
-            crashed = Run(self._stage, self._app, load, batch=_BATCH).go(crash=(role, point_at_once))
             smaller = replace(reference, state=calm.state)
-            again = [] if calm.trouble or crashed.trouble else smaller.compare(crashed.state)
-            if again:
-                return History(role, point_at_once, load, again)
+            for at in points:
+                crashed = Run(self._stage, self._app, load, batch=_BATCH).go(crash=(role, at))
+                again = [] if calm.trouble or crashed.trouble else smaller.compare(crashed.state)
+                if again:
+                    return History(role, at, load, again)
         return History(role, point, self._load, found)
 
     # --- points ---
@@ -178,7 +214,8 @@ class Campaign:
                     continue
                 once.append((role, f"{name}:1"))
                 if times > 1:
-                    later.append((role, f"{name}:{self._dice.randint(2, times)}"))
+                    # How often it passes depends on the moment: the last times of one run may be missing in another.
+                    later.append((role, f"{name}:{self._dice.randint(2, max(2, times // 2))}"))
                 if name in writes:
                     inside.append((role, f"{name}+:1"))
         return [*once, *later, *inside]
@@ -194,7 +231,10 @@ class Campaign:
 
     def _beside(self, report: Report, told: Collection[dict[str, Any]]) -> None:
         known = {one.name for one in report.beside}
-        found = [_told(one) for one in told] + [_statement(statement) for statement in sorted(self._statements)]
+        self._lines.update({_bare(one["what"]): one["where"] for one in told if one["kind"] == "statement"})
+        report.chance |= {f"{one['what']} at {one['where']}" for one in told if one["kind"] == "chance"}
+        found = [_told(one) for one in told if one["kind"] not in ("statement", "chance")]
+        found += [_statement(one, self._lines.get(_bare(one), "")) for one in sorted(self._statements)]
         for one in found:
             if one.name not in known and not any(name in one.name for name in self._options.allowed):
                 known.add(one.name)
@@ -203,10 +243,11 @@ class Campaign:
 
 def _told(one: dict[str, Any]) -> Beside:
     if one["kind"] == "global":
+        where = f" ({one['where']})" if one["where"] else ""
         return Beside(
             "variable",
             one["name"],
-            f"a handler changed the variable {one['name']}: it was {one['before']} and is {one['after']}",
+            f"a handler changed the variable {one['name']}{where}: it was {one['before']} and is {one['after']}",
             "After a crash it begins anew, and with more than one process each has its own: keep it in a table.",
         )
     where = f" at {one['where']}" if one["where"] else ""
@@ -218,12 +259,18 @@ def _told(one: dict[str, Any]) -> Beside:
     )
 
 
-def _statement(statement: str) -> Beside:
+def _bare(statement: str) -> str:
+    """The statement as both tell it: the one who sends it, and the server's log."""
+    return re.sub(r"%\(\w+\)s|%s|\$\d+", "?", statement)[:_TOLD]
+
+
+def _statement(statement: str, where: str) -> Beside:
+    at = f" at {where}" if where else ""
     return Beside(
         "statement",
         statement,
-        f"a handler wrote on another connection, outside its transaction: {statement}",
-        "It stays when the message is rolled back: use tx.session.",
+        f"a handler wrote on another connection, outside its transaction{at}: {statement}",
+        "It stays when the message is rolled back: use tx.session (a transform has none: make it a handler).",
     )
 
 

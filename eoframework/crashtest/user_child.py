@@ -1,137 +1,37 @@
-"""The process in which the application under test lives: it never gets into the process that tests it.
+"""The processes in which the application under test runs: it never gets into the process that tests it.
 
-... user_child prepare QUESTION ANSWER       its tables, its topics, its load; then it ends
-... user_child eo REPORT MODULE ARGS...      `eo ARGS...`, armed by EO_CRASH_AT
-... user_child watched REPORT MODULE ARGS... the same, and what it does is written down
+... user_child eo REPORT MODULE:APP ARGS...      `eo ARGS...`, armed by EO_CRASH_AT
+... user_child watched REPORT MODULE:APP ARGS... the same, and what it does is written down
 """
 
 from __future__ import annotations
 
 import atexit
-import inspect
 import json
 import os
-import re
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from importlib import import_module
-from pathlib import Path
 from typing import Any
 
-from eoframework import bootstrap, events
-from eoframework.app import App
-from eoframework.crashtest import armed, load
-from eoframework.crashtest.user_watch import Call, Callers, Calls, Globals, home_of
-from eoframework.errors import ConfigurationError, EoError
-from eoframework.lifecycle import exit_code
-from eoframework.provision import dead_letter_topics, wanted_topics
-from eoframework.topic import Topic
-from eoframework.transforms import Transform
+from eoframework import events
+from eoframework.crashtest import armed
+from eoframework.crashtest.user_chance import Chance
+from eoframework.crashtest.user_watch import Call, Callers, Calls, Globals, home_of, line_of
+from eoframework.db.elsewhere import Elsewhere
+from eoframework.external import External
+from eoframework.retry import GiveUp, Retry
 
-PARTITIONS = 3
-"""Of a topic that says nothing of them."""
+# A handler may ask for minutes before the next attempt, and a test has to wait for all of them at each of its points.
+_LONGEST_PAUSE = 0.3
+# Whoever comes after a crash waits for the lease of a call that was being made, and nobody else is there to make it.
+_LONGEST_LEASE = 1.0
 # After these a handler has been called: nobody else's variables have changed meanwhile.
 _AFTER_CALLS = frozenset(
     {"consume.handled", "consume.settled", "consume.failed", "consume.unparked", "transform.handled"}
 )
 _CLAIMS = frozenset({"consume.claimed", "transform.claimed", "relay.claimed"})
-_REFERENCE = re.compile(r"[\w.]+:[\w.]+")
-
-
-# --- prepare ---
-
-
-def prepare(question: dict[str, Any]) -> dict[str, Any]:
-    """What is asked about the app, with its tables made in the database of the settings."""
-    app = bootstrap.load_app(question["reference"])
-    _refuse_another_database(app, question["database"])
-    chosen = bootstrap.choose(app, question["handlers"])
-    if question["metadata"]:
-        found = _named(question["metadata"])
-        if not hasattr(found, "create_all"):
-            raise ConfigurationError(
-                f"{question['metadata']} is a {type(found).__name__}, no MetaData.",
-                remedy="Write --metadata module:Base.metadata.",
-            )
-        found.create_all(app.database.engine)
-    if question["setup"]:
-        _call(question["setup"], app)
-    sources = _sources(chosen, question["topics"])
-    answer = {
-        "app": app.name,
-        "consumers": [
-            {
-                "name": one.name,
-                "group": one.group,
-                "topic": one.topic.name,
-                "transform": isinstance(one, Transform),
-            }
-            for one in chosen
-        ],
-        "topics": _topics(app),
-        "sources": [topic.name for topic in sources],
-        "load": [sending.to_json() for sending in _load(app, sources, question)],
-    }
-    app.database.engine.dispose()
-    return answer
-
-
-def _refuse_another_database(app: App, expected: list[Any]) -> None:
-    url = app.database.engine.url
-    found = [url.host, url.port, url.database]
-    if found != expected:
-        raise ConfigurationError(
-            f"{app!r} works on database {url.database!r} at {url.host}:{url.port} whatever EO_DATABASE_URL says, and a "
-            "crash test would kill it in the middle of its work there.",
-            remedy="Make its engine of EO_DATABASE_URL, or name the variable it is made of: --database-env NAME.",
-        )
-
-
-def _named(reference: str) -> Any:
-    module, _, attributes = reference.partition(":")
-    if not _REFERENCE.fullmatch(reference):
-        raise ConfigurationError(f"{reference!r} names nothing.", remedy="Write module:name.")
-    found: Any = import_module(module)
-    for name in attributes.split("."):
-        if not hasattr(found, name):
-            raise ConfigurationError(f"{module} has no {attributes}.", remedy="Write module:name.")
-        found = getattr(found, name)
-    return found
-
-
-def _call(reference: str, app: App) -> None:
-    function: Callable[..., object] = _named(reference)
-    wanted = len(inspect.signature(function).parameters)
-    function(*([app.database.engine] if wanted else []))
-
-
-def _sources(chosen: Sequence[bootstrap.Runnable], names: Sequence[str]) -> list[Topic[Any]]:
-    """The topics that are sent to: what no transform of the app fills itself."""
-    made = {target.name for one in chosen if isinstance(one, Transform) for target in one.targets}
-    read = {one.topic.name: one.topic for one in chosen}
-    unknown = sorted(set(names) - set(read))
-    if unknown:
-        raise ConfigurationError(f"no handler reads {', '.join(unknown)}.", remedy=f"There is: {', '.join(read)}.")
-    found = [topic for name, topic in read.items() if (name in names if names else name not in made)]
-    return found or list(read.values())
-
-
-def _topics(app: App) -> dict[str, int]:
-    wanted = wanted_topics(app.topics, brokers=1, outbox=None, dead_letters=dead_letter_topics(app))
-    return {topic.name: topic.partitions or PARTITIONS for topic in wanted}
-
-
-def _load(app: App, sources: Sequence[Topic[Any]], question: dict[str, Any]) -> list[load.Sending]:
-    if question["load"] == "given":
-        return []
-    if question["sample"]:
-        return load.of_sample(app, sources, Path(question["sample"]))
-    return load.generated(sources, messages=question["messages"], seed=question["seed"])
-
-
-# --- eo ---
 
 
 class Report:
@@ -147,9 +47,9 @@ class Report:
 class Watcher:
     """A listener that writes down what is passed, and what handlers do besides their transaction."""
 
-    def __init__(self, report: Report, module: str) -> None:
+    def __init__(self, report: Report, reference: str) -> None:
         self._report = report
-        self._module = module
+        self._module, _, self._app = reference.partition(":")
         self._point = armed.CrashPoint()
         self._globals: Globals | None = None
         self._named: set[str] = set()
@@ -170,13 +70,25 @@ class Watcher:
         home = home_of(sys.modules[self._module]) if self._module in sys.modules else None
         homes = [home] if home is not None else []
         self._globals = Globals(homes)
-        Calls(Callers(homes), self._on_call)
+        self._callers = Callers(homes)
+        Calls(self._callers, self._on_call)
+        Elsewhere(self._engine, self._on_statement).listen()
+        Chance(self._callers, lambda what, where: self._report.add("chance", what=what, where=where)).listen()
+
+    def _engine(self) -> Any:
+        app = getattr(sys.modules.get(self._module), self._app, None)
+        return None if app is None else app.database.engine
+
+    def _on_statement(self, statement: str) -> None:
+        where = self._callers.line(sys._getframe(1))
+        if where:
+            self._report.add("statement", what=statement, where=where)
 
     def _look(self, found: Globals) -> None:
         for change in found.changes():
             if change.name not in self._named:
                 self._named.add(change.name)
-                self._report.add("global", **asdict(change))
+                self._report.add("global", **asdict(change), where=line_of(change.name))
 
     def _on_call(self, call: Call) -> None:
         self._report.add("call", **asdict(call))
@@ -185,7 +97,7 @@ class Watcher:
         self._report.add("hits", hits=dict(self._point.seen))
 
 
-def run(file: str, module: str, arguments: Sequence[str], *, watched: bool) -> None:
+def run(file: str, reference: str, arguments: Sequence[str], *, watched: bool) -> None:
     """Be `eo` with these arguments."""
     report = Report(file)
 
@@ -197,22 +109,38 @@ def run(file: str, module: str, arguments: Sequence[str], *, watched: bool) -> N
     # First: who is killed at its claim has told it.
     events.subscribe(tell_claims)
     if watched:
-        events.subscribe(Watcher(report, module).on_event)
+        events.subscribe(Watcher(report, reference).on_event)
+    _retry_soon()
+    _ask_nobody()
     armed.main(arguments)
+
+
+def _retry_soon() -> None:
+    decide = Retry.decide
+
+    def decide_soon(self: Retry, attempt: int, error: Exception, *, dice: float = 0.5) -> float | GiveUp:
+        verdict = decide(self, attempt, error, dice=dice)
+        return verdict if isinstance(verdict, GiveUp) else min(verdict, _LONGEST_PAUSE)
+
+    Retry.decide = decide_soon  # type: ignore[method-assign]
+
+
+def _ask_nobody() -> None:
+    """Let whoever comes after a crash make an external call again, soon, and not leave it to a person."""
+    check = External.__post_init__
+
+    def check_and_change(self: External) -> None:
+        check(self)
+        object.__setattr__(self, "lease", min(self.lease, _LONGEST_LEASE))
+        object.__setattr__(self, "unresolved", "retry")
+
+    External.__post_init__ = check_and_change  # type: ignore[method-assign]
 
 
 def main(arguments: Sequence[str]) -> None:
     """See the module."""
-    kind, first, second, *rest = arguments
-    if kind != "prepare":
-        run(first, second, rest, watched=kind == "watched")
-        return
-    try:
-        answer = prepare(json.loads(Path(first).read_text()))
-    except EoError as error:
-        Path(second).write_text(json.dumps({"error": error.what, "remedy": error.remedy}))
-        sys.exit(exit_code(error))
-    Path(second).write_text(json.dumps(answer))
+    kind, file, reference, *rest = arguments
+    run(file, reference, rest, watched=kind == "watched")
 
 
 if __name__ == "__main__":

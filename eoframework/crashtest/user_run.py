@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +16,7 @@ from eoframework.crashtest.state import State, read_state
 from eoframework.crashtest.user_nursery import Nursery
 from eoframework.crashtest.user_stage import Scene, Stage
 from eoframework.db import contents
-from eoframework.errors import ConfigurationError, Retryable
+from eoframework.errors import Retryable
 from eoframework.kafka.scratch import holds_records, send_all
 
 Role = Literal["run", "relay"]
@@ -61,13 +59,8 @@ class UserApp:
     name: str
     consumers: tuple[Consumer, ...]
     topics: Mapping[str, int]
-    sources: tuple[str, ...]
     publishes: bool = True
     """Whether anything has to be relayed."""
-
-    @property
-    def module(self) -> str:
-        return self.reference.partition(":")[0]
 
     @property
     def groups(self) -> list[str]:
@@ -114,7 +107,7 @@ class Child:
             arguments += [part for one in app.consumers for part in ("--handler", one.name)]
         armed = {"EO_CRASH_AT": crash_at} if crash_at else {}
         self._pid = nursery.spawn(
-            ["watched" if watched else "eo", str(self.report), app.module, *arguments],
+            ["watched" if watched else "eo", str(self.report), app.reference, *arguments],
             environment={**scene.environment, **armed},
             log=self.log,
         )
@@ -286,27 +279,3 @@ class Run:
             ):
                 return False
         return True
-
-
-def ask(stage: Stage, question: dict[str, Any]) -> dict[str, Any]:
-    """Have the application's own process prepare its tables and its load. Raises ConfigurationError."""
-    asked, answered = stage.directory / "question.json", stage.directory / "answer.json"
-    asked.write_text(json.dumps(question))
-    done = subprocess.run(
-        [sys.executable, "-m", "eoframework.crashtest.user_child", "prepare", str(asked), str(answered)],
-        env=stage.variables(stage.template),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if not answered.exists():
-        raise ConfigurationError(
-            f"{question['reference']} cannot be prepared:\n{done.stderr[-3000:].rstrip()}",
-            remedy="This is what its own code said.",
-        )
-    answer: dict[str, Any] = json.loads(answered.read_text())
-    answered.unlink()
-    if "error" in answer:
-        raise ConfigurationError(answer["error"], remedy=answer["remedy"])
-    return answer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -61,6 +62,33 @@ class Scene:
         return str(self.database.engine.url.database)
 
 
+def surroundings(names: Sequence[str], url: str, servers: str, *, path: str) -> dict[str, str]:
+    """The environment of a process of the application. names: of the variables that hold the database's URL.
+
+    path: its PYTHONPATH, if it is to have one of ours.
+    """
+    mine = dict.fromkeys(names, url) | {"EO_KAFKA_BOOTSTRAP_SERVERS": servers, "PGAPPNAME": "the application"}
+    if path:
+        mine["PYTHONPATH"] = path
+    # How the real cluster is reached says nothing about this one.
+    kept = {name: value for name, value in environment().items() if not name.startswith(_FOREIGN)}
+    return {**kept, **mine}
+
+
+def command_of(text: str) -> list[str]:
+    """The words of `--migrate`. Raises ConfigurationError when there is no such program."""
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise ConfigurationError(f"--migrate {text!r}: {error}.", remedy="Write it as for a shell.") from error
+    if not words or shutil.which(words[0]) is None:
+        raise ConfigurationError(
+            f"--migrate {text!r}: there is no program {(words or [''])[0]!r}.",
+            remedy="It is no shell's line; for one, write: sh -c '...'.",
+        )
+    return words
+
+
 class Stage:
     """Services, for one crash test after the other; as a context manager everything is gone at the end.
 
@@ -72,7 +100,7 @@ class Stage:
 
     def __init__(self, *, path: str = "") -> None:
         """path: PYTHONPATH of the app's processes."""
-        self._variables: tuple[str, ...] = ("EO_DATABASE_URL",)
+        self._variables: tuple[str, ...] = ()
         self._path = path
         self._stack = ExitStack()
 
@@ -95,10 +123,16 @@ class Stage:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self._stack.close()
 
-    def begin(self, variables: Sequence[str]) -> None:
-        """An empty template, with our tables. variables: others than EO_DATABASE_URL that hold the database's URL."""
-        self._variables = ("EO_DATABASE_URL", *variables)
+    def begin(self, variables: Sequence[str], *, migrate: str = "") -> None:
+        """A template with our tables. variables: others than EO_DATABASE_URL that hold the database's URL.
+
+        migrate: the application's own command, which comes first: it may make our tables too, in its own alembic
+        chain. Raises ConfigurationError with what it said.
+        """
+        self._variables = tuple(variables)
         self.template = self._scratch.create()
+        if migrate:
+            self._migrate(migrate)
         self._scratch.migrate(self.template)
 
     @property
@@ -108,20 +142,12 @@ class Stage:
 
     def variables(self, url: str, **more: str) -> dict[str, str]:
         """The environment of a process of the application that works on this database."""
-        mine = dict.fromkeys(self._variables, url) | {
-            "EO_KAFKA_BOOTSTRAP_SERVERS": self._services.bootstrap_servers,
-            "PGAPPNAME": "the application",
-        }
-        if self._path:
-            mine["PYTHONPATH"] = self._path
-        # How the real cluster is reached says nothing about this one.
-        kept = {name: value for name, value in environment().items() if not name.startswith(_FOREIGN)}
-        return {**kept, **mine, **more}
+        names = ("EO_DATABASE_URL", *self._variables)
+        return {**surroundings(names, url, self._services.bootstrap_servers, path=self._path), **more}
 
-    def migrate(self, command: str) -> None:
-        """Run the application's own command on the template. Raises ConfigurationError with what it said."""
+    def _migrate(self, command: str) -> None:
         done = subprocess.run(
-            shlex.split(command),
+            command_of(command),
             env=self.variables(self.template),
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -130,7 +156,8 @@ class Stage:
         )
         if done.returncode:
             raise ConfigurationError(
-                f"--migrate {command!r} ended with {done.returncode}:\n{(done.stderr or done.stdout)[-2000:]}"
+                f"--migrate {command!r} ended with {done.returncode}:\n{(done.stderr or done.stdout)[-2000:].rstrip()}",
+                remedy="\nIt runs where you are, on an empty database that EO_DATABASE_URL names.",
             )
 
     def has_tables(self) -> bool:

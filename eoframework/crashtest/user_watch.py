@@ -6,6 +6,7 @@ that remembers something, or tells somebody, does it again when its message runs
 
 from __future__ import annotations
 
+import ast
 import itertools
 import sys
 import threading
@@ -56,6 +57,19 @@ class Change:
 
     def __str__(self) -> str:
         return f"{self.name} was {self.before} and is {self.after}"
+
+
+def line_of(name: str) -> str:
+    """`file:line` where a variable (`module.NAME`) is first given a value in its module; empty if nowhere."""
+    module, _, variable = name.rpartition(".")
+    file = getattr(sys.modules.get(module), "__file__", None)
+    if file is None:
+        return ""
+    for statement in ast.parse(Path(file).read_bytes()).body:
+        targets = getattr(statement, "targets", [getattr(statement, "target", statement)])
+        if any(getattr(target, "id", getattr(target, "name", "")) == variable for target in targets):
+            return f"{file}:{statement.lineno}"
+    return ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,12 +181,20 @@ class Callers:
         self._homes = tuple(f"{home}/" for home in homes)
         self._calling = frozenset(calling)
 
+    def own_line(self, frame: FrameType | None) -> str:
+        """`file:line` of this very frame, if it is the application's; else empty."""
+        file = "" if frame is None else frame.f_code.co_filename
+        return f"{file}:{frame.f_lineno}" if frame is not None and self._is_ours(file) else ""
+
+    def _is_ours(self, file: str) -> bool:
+        return file.startswith(self._homes) and not _is_library(file)
+
     def line(self, frame: FrameType | None) -> str | None:
         """`file:line`, the innermost one of the application; None when no handler is being called on this thread."""
         line = ""
         while frame is not None:
             code = frame.f_code
-            if not line and code.co_filename.startswith(self._homes) and not _is_library(code.co_filename):
+            if not line and self._is_ours(code.co_filename):
                 line = f"{code.co_filename}:{frame.f_lineno}"
             if code in self._calling:
                 return line

@@ -11,7 +11,7 @@ from typing import Any
 
 from eoframework.crashtest.findings import Report
 from eoframework.crashtest.load import Sending, of_message
-from eoframework.crashtest.user_question import Question, crash_test
+from eoframework.crashtest.user_question import Question, crash_test, refuse_what_cannot_be
 from eoframework.crashtest.user_stage import Stage
 from eoframework.topic import Topic
 
@@ -72,6 +72,7 @@ class CrashTests:
         if self._stage is None:
             # The app's processes find what this one finds.
             path = os.pathsep.join(entry for entry in sys.path if entry)
+            refuse_what_cannot_be(question, path=path, given=bool(messages))
             self._stage = self._stack.enter_context(Stage(path=path))
         report = crash_test(question, self._stage, given=_load(messages), say=_say)
         if not report.clean:

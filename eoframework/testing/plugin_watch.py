@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable, Collection
 from types import TracebackType
-from typing import Any
 
-from sqlalchemy import Engine, event
+from sqlalchemy import Engine
 
 from eoframework.crashtest.user_watch import CALLING, Call, Callers, Calls, Globals, home_of
-
-# What only reads may go anywhere; it sees nothing of the handler's own transaction, but nothing is doubled by it.
-_WRITES = re.compile(
-    r"\s*(INSERT|UPDATE|DELETE|MERGE|TRUNCATE|COPY|CREATE|DROP|ALTER|CALL|WITH\b.*\b(INSERT|UPDATE|DELETE))\b",
-    re.I | re.S,
-)
+from eoframework.db.elsewhere import Elsewhere
 
 
 class Watch:
@@ -30,24 +23,24 @@ class Watch:
         own = getattr(function, "__code__", None)
         self._callers = Callers(homes, calling=CALLING | ({own} if own is not None else set()))
         self._globals = Globals(homes)
-        self._pool = engine.pool
+        self._elsewhere = Elsewhere(lambda: engine, self._on_statement)
         self._allowed = tuple(allowed)
         self._calls: list[Call] = []
-        self._elsewhere: list[str] = []
+        self._statements: list[str] = []
 
     def __enter__(self) -> Watch:
         self._globals.changes()
         self._hook = Calls(self._callers, self._calls.append)
-        event.listen(Engine, "before_cursor_execute", self._on_statement)
+        self._elsewhere.listen()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self._hook.close()
-        event.remove(Engine, "before_cursor_execute", self._on_statement)
+        self._elsewhere.close()
 
     def found(self) -> list[str]:
         """Sentences, each about one thing that would happen again when the message runs again."""
-        sentences = [f"it wrote on another connection: {statement}" for statement in self._elsewhere]
+        sentences = [f"it wrote on another connection: {statement}" for statement in self._statements]
         for change in self._globals.changes():
             if change.name not in self._allowed:
                 sentences.append(
@@ -62,9 +55,7 @@ class Watch:
                 )
         return sentences
 
-    def _on_statement(self, connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
-        if connection.engine.pool is self._pool or not _WRITES.match(statement):
-            return
+    def _on_statement(self, statement: str) -> None:
         where = self._callers.line(sys._getframe(1))
         if where is not None:
-            self._elsewhere.append(f"{' '.join(statement.split())[:120]!r} ({where or 'a library'})")
+            self._statements.append(f"{statement[:120]!r} ({where or 'a library'})")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import urllib.request
 from contextlib import suppress
+from datetime import datetime
 
 from pydantic import BaseModel
 from sqlalchemy import Engine, create_engine, text
@@ -31,6 +32,11 @@ class Booking(Base):
     number: Mapped[int]
 
 
+class Bill(Base):
+    __tablename__ = "bill"
+    order_id: Mapped[int] = mapped_column(primary_key=True)
+
+
 class Placed(BaseModel):
     order_id: int
     sku: str
@@ -50,6 +56,8 @@ counting = App("counting")
 calling = App("calling")
 sorting = App("sorting")
 strict = App("strict")
+chained = App("chained")
+timed = App("timed")
 
 COUNT = 0
 
@@ -81,6 +89,20 @@ def book_what_is_there(order: Placed, tx: Tx) -> None:
         raise LookupError(f"no shelf for {order.sku}")
 
 
+def _tell(order: Placed, tx: Tx) -> None:
+    tx.publish(booked, Booked(order_id=order.order_id))
+
+
+@chained.handler(booked, name="bill")
+def bill(order: Booked, tx: Tx) -> None:
+    tx.session.add(Bill(order_id=order.order_id))
+
+
+@chained.handler(orders, name="book")
+def book_and_tell(order: Placed, tx: Tx) -> None:
+    _tell(order, tx)
+
+
 @elsewhere.handler(orders, name="book")
 def book_on_a_second_connection(order: Placed) -> None:
     engine = create_engine(Settings.load().require_database_url())
@@ -94,6 +116,11 @@ def book_under_a_number(order: Placed, tx: Tx) -> None:
     global COUNT
     COUNT += 1
     tx.session.add(Booking(order_id=order.order_id, sku=order.sku, number=COUNT))
+
+
+@timed.handler(orders, name="book")
+def book_by_the_clock(order: Placed, tx: Tx) -> None:
+    tx.session.add(Booking(order_id=order.order_id, sku=order.sku, number=datetime.now().microsecond))
 
 
 @calling.handler(orders, name="book")

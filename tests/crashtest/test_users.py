@@ -11,8 +11,12 @@ from typing import Any
 
 import pytest
 
+from eoframework.cloudevents import MESSAGE_ID
 from eoframework.crashtest.findings import Report
-from eoframework.crashtest.user_question import Question, crash_test
+from eoframework.crashtest.load import generated, of_sample
+from eoframework.crashtest.user_prepare import prepare
+from eoframework.crashtest.user_question import Question, crash_test, refuse_what_cannot_be
+from eoframework.crashtest.user_sources import named_by_handlers
 from eoframework.crashtest.user_stage import Stage
 from eoframework.errors import ConfigurationError
 from eoframework.settings import environment
@@ -21,6 +25,7 @@ from tests.conftest import REPOSITORY
 from tests.crashtest import crash_shop as shop
 
 MODULE = "tests.crashtest.crash_shop"
+NOWHERE = "postgresql://nobody@127.0.0.1:1/nothing"
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +68,8 @@ def test_a_second_connection_is_found_by_its_effects_and_named_by_its_statement(
     report = crashes(stage, "elsewhere", "consume.handled")
     (statement,) = [one for one in report.beside if one.kind == "statement"]
     assert "UPDATE stock SET free = free -" in statement.what
+    assert "outside its transaction at " in statement.what
+    assert "tests/crashtest/crash_shop.py:" in statement.what
     assert any(one.place == "eo.stock" and one.changed for point in report.bad for one in point.differences)
     assert report.history is not None
     assert len(report.history.messages) < report.messages
@@ -74,7 +81,17 @@ def test_a_counter_in_memory_is_named(stage: Stage) -> None:
     (variable,) = report.beside
     assert (variable.kind, variable.name) == ("variable", f"{MODULE}.COUNT")
     assert "it was 0 and is" in variable.what
+    assert "tests/crashtest/crash_shop.py:" in variable.what
     assert crashes(stage, "counting", allowed=(f"{MODULE}.COUNT",), minutes=0.0).beside == []
+
+
+def test_where_values_come_from_that_are_not_compared_is_named(stage: Stage) -> None:
+    report = crashes(stage, "timed", minutes=0.0)
+    assert report.left_out["eo.booking"] == {"id", "number"}
+    (asked,) = report.chance
+    assert asked.startswith("datetime.now at ")
+    assert "tests/crashtest/crash_shop.py:" in asked
+    assert f"comes from: {asked}" in report.text()
 
 
 def test_a_call_inside_the_transaction_is_named_with_its_line(stage: Stage) -> None:
@@ -84,17 +101,75 @@ def test_a_call_inside_the_transaction_is_named_with_its_line(stage: Stage) -> N
     assert "tests/crashtest/crash_shop.py:" in call.what
 
 
-def test_what_is_missing_is_said(stage: Stage, tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match=r"no table that they could write to.*--metadata"):
-        crashes(stage, "elsewhere", metadata="", setup="")
+def test_a_load_that_is_given_up_whole_is_refused(stage: Stage) -> None:
     with pytest.raises(ConfigurationError, match=r"every message was given up.*LookupError: no shelf for sku-"):
         crashes(stage, "strict", setup="")
-    sample = tmp_path / "sample.jsonl"
-    sample.write_text('{"topic": "crash.orders.v1", "payload": {"order_id": 1}}\n')
-    with pytest.raises(ConfigurationError, match=r"sample.jsonl, line 1: DecodeError"):
-        crashes(stage, "sound", sample=sample)
-    with pytest.raises(ConfigurationError, match=r"there is no point db\.comitted"):
-        crashes(stage, "sound", "db.comitted")
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"sample": "sample.jsonl"}, r"sample.jsonl, line 1: DecodeError"),
+        ({"sample": "bytes.jsonl"}, r"bytes.jsonl cannot be read: 'utf-8' codec"),
+        ({"metadata": f"{MODULE}:Base"}, r"is the class Base, no MetaData"),
+        ({"setup": f"{MODULE}:orders"}, r"is of type Topic, no function"),
+        ({"setup": "nothing.here:fill"}, r"there is no module 'nothing'"),
+        ({"topics": ("nope",)}, r"--topic nope: no handler reads it"),
+    ],
+)
+def test_what_is_not_there_is_said_by_the_application_s_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any], says: str
+) -> None:
+    (tmp_path / "sample.jsonl").write_text('{"topic": "crash.orders.v1", "payload": {"order_id": 1}}\n')
+    (tmp_path / "bytes.jsonl").write_bytes(b"\xff\xfe")
+    given = {"reference": f"{MODULE}:sound", "metadata": f"{MODULE}:Base.metadata", "setup": f"{MODULE}:fill", **more}
+    if "sample" in more:
+        given["sample"] = tmp_path / more["sample"]
+    monkeypatch.setenv("EO_DATABASE_URL", NOWHERE)
+    with pytest.raises(ConfigurationError, match=says):
+        prepare(Question(**given).document(NOWHERE, given=False, look=True))
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({}, r"no table that they could write to.*--metadata"),
+        (
+            {"reference": "tests.crashtest.unimportable:app"},
+            r'prepared:\nTraceback .*\n  File ".*unimportable.py", line',
+        ),
+        ({"points": ("db.comitted",)}, r"there is no point 'db\.comitted'. Did you mean 'db\.committed'"),
+        ({"migrate": "no-such-program upgrade"}, r"there is no program 'no-such-program'"),
+        ({"migrate": "alembic 'upgrade"}, r"No closing quotation"),
+        ({"variables": ("A=B",)}, r"'A=B' is no variable"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_is_started(more: dict[str, Any], says: str) -> None:
+    """Nothing is connected to either: the database and the Kafka that the application is told of refuse."""
+    with pytest.raises(ConfigurationError, match=says):
+        refuse_what_cannot_be(Question(**{"reference": f"{MODULE}:sound", **more}), path=str(REPOSITORY))
+
+
+def test_topics_that_handlers_fill_are_told_by_their_code() -> None:
+    assert named_by_handlers(shop.chained.handlers) == {shop.booked.name}
+    assert named_by_handlers(shop.sound.handlers) == {shop.booked.name}
+    assert named_by_handlers(shop.calling.handlers) == frozenset()
+
+
+def test_a_line_of_the_report_is_a_line_of_a_sample(tmp_path: Path) -> None:
+    load = generated([shop.orders], messages=5, seed=3)
+    (tmp_path / "lines").write_text("".join(f"{one}\n" for one in load))
+    again = of_sample(shop.sound, [shop.orders], tmp_path / "lines")
+    assert [(one.topic, one.key, one.value, dict(one.headers)[MESSAGE_ID]) for one in again] == [
+        (one.topic, one.key, one.value, dict(one.headers)[MESSAGE_ID]) for one in load
+    ]
+
+
+def test_a_chain_whose_topic_in_the_middle_is_read_too_gets_messages_at_its_beginning_only(stage: Stage) -> None:
+    """Seen not to come to its end without `filled`: ids of ours met those of the app in one table."""
+    report = crashes(stage, "chained", minutes=0.0)
+    assert report.clean, report.text()
+    assert report.messages <= 10
 
 
 def test_from_the_command_line_the_example_shop_passes() -> None:
