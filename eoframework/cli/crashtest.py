@@ -17,6 +17,7 @@ from eoframework.crashtest.user_stage import Stage
 from eoframework.errors import ConfigurationError
 
 _SEEDS = 10_000
+_INTERRUPTED = 128 + signal.SIGINT
 
 Several = list[str] | None
 Handlers = Annotated[Several, typer.Option("--handler", help="Only this handler or transform; may be repeated.")]
@@ -93,6 +94,8 @@ def _run(question: Question, span: str, *, as_json: bool) -> int:
     with Stage() as stage:
         report = crash_test(question, stage, given=given, say=_say)
     options.show(report.document(), report.text(), as_json=as_json)
+    if report.interrupted:
+        return _INTERRUPTED
     return 0 if report.clean else options.FINDINGS
 
 

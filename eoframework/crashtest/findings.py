@@ -87,6 +87,8 @@ class Report:
     history: History | None = None
     skipped: int = 0
     """Points for which there was no time."""
+    interrupted: bool = False
+    """By Ctrl-C, in the middle of a crash."""
     seconds: float = 0.0
 
     @property
@@ -117,6 +119,7 @@ class Report:
             "chance": sorted(self.chance),
             "history": self.history.document() if self.history is not None else None,
             "skipped": self.skipped,
+            "interrupted": self.interrupted,
             "seconds": round(self.seconds, 1),
             "clean": self.clean,
         }
@@ -153,7 +156,8 @@ class Report:
         if missed:
             lines.append(f"not reached in this run: {', '.join(missed)}")
         if self.skipped:
-            lines.append(f"no time for {self.skipped} more points")
+            why = "interrupted before" if self.interrupted else "no time for"
+            lines.append(f"{why} {_number(self.skipped, 'more point')}")
         return [*lines, ""] if lines else []
 
     def _found(self) -> list[str]:

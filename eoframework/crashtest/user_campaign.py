@@ -95,19 +95,29 @@ class Campaign:
         self._beside(report, (*first.told, *second.told))
         cells = self._cells(first)
         self._say(f"{len(cells)} points in {clock.monotonic() - began:.0f} s; each is one crash")
+        try:
+            reference = self._crash_at_each(report, reference, cells, began)
+        except KeyboardInterrupt:
+            # After half an hour what was found by then is not thrown away.
+            report.interrupted = True
+        report.skipped = len(cells) - len(report.points)
+        self._beside(report, ())
+        report.left_out, report.unsteady = reference.left_out, reference.unsteady
+        report.seconds = clock.monotonic() - began
+        return report
+
+    def _crash_at_each(
+        self, report: Report, reference: Reference, cells: Sequence[tuple[Role, str]], began: float
+    ) -> Reference:
         for number, (role, point) in enumerate(cells):
             if self._deadline is not None and clock.monotonic() > self._deadline:
-                report.skipped = len(cells) - number
                 break
             reference = self._cell(report, reference, role, point)
             spent = (clock.monotonic() - began) / (number + 3)
             self._say(
                 f"{number + 1}/{len(cells)} {_line(report.points[-1])}; {spent * (len(cells) - number - 1):.0f} s left"
             )
-        self._beside(report, ())
-        report.left_out, report.unsteady = reference.left_out, reference.unsteady
-        report.seconds = clock.monotonic() - began
-        return report
+        return reference
 
     def _first_run(self) -> Result:
         """The first run without a crash, of the load that is left when each topic is filled by one side alone."""
