@@ -119,16 +119,21 @@ class Upkeep:
         if how == "position":
             with self._engine.connect() as connection:
                 places |= reading.positions(connection)
-        reached = {(SOURCES[consumer], partition): at for (consumer, partition), at in places.items()}
-        return {place: at + self._past for place, at in reached.items() if at > self._deleted.get(place, 0)}
+        reached: dict[Place, int] = {(SOURCES[consumer], partition): at for (consumer, partition), at in places.items()}
+        moved = {place: at for place, at in reached.items() if at > self._deleted.get(place, 0)}
+        return self._further(moved) if self._past and moved else moved
+
+    def _further(self, reached: Mapping[Place, int]) -> dict[Place, int]:
+        """As far past these as there is anything."""
+        ends = reading.log_ends(self._admin, [self._names[topic] for topic in {place[0] for place in reached}], 0)
+        return {
+            (topic, partition): min(at + self._past, ends[self._names[topic], partition])
+            for (topic, partition), at in reached.items()
+        }
 
     def _delete(self, upto: Mapping[Place, int]) -> None:
         asked = [TopicPartition(self._names[topic], partition, at) for (topic, partition), at in upto.items()]
         for where, future in self._admin.delete_records(asked).items():
-            if self._past:
-                with suppress(KafkaException):  # there is not that much
-                    future.result(20)
-            else:
-                future.result(20)
+            future.result(20)
             short = next(topic for topic, name in self._names.items() if name == where.topic)
             self._deleted[short, where.partition] = upto[short, where.partition]

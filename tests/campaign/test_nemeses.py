@@ -1,22 +1,29 @@
-"""What is done to a run's network, asked without one; and a run in which too much is deleted, which must show."""
+"""What is done to a run's network, asked without one; a run in which too much is deleted, which must show; the judge of
+a lost tail.
+"""
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from tests.campaign import ledger_rules as rules
 from tests.campaign.checker import by_invariant
 from tests.campaign.full_nursery import Zygote
 from tests.campaign.full_places import template_database
 from tests.campaign.full_world import Plan, World
+from tests.campaign.ledger import Account, Effect, Place, Read, Snapshot
 from tests.campaign.nemeses_network import KINDS, LateByChance
+from tests.campaign.promotions_check import judge
 from tests.conftest import Addresses
 from tests.processes import eventually
 from tests.protocol_proxy import ADD_PARTITIONS, END_TXN, INIT_PRODUCER, PRODUCE, TXN_OFFSETS, Request
 
 OURS = "eo.relay.x.0"
+ITEMS = [n for n in range(100) if not rules.poison("book", n)]
 _TAIL = {"EndTxn commit": b"\1\0", "EndTxn abort": b"\0\0"}
 _KEYS = {"EndTxn commit": END_TXN, "EndTxn abort": END_TXN, "TxnOffsetCommit": TXN_OFFSETS, "Produce": PRODUCE}
 
@@ -72,6 +79,42 @@ def test_a_run_whose_records_are_deleted_too_early_does_not_pass(services: Addre
     found = by_invariant(result.violations)
     assert {"I1", "I10"} <= found.keys(), found
     assert result.tally.exits["exit 70"]
+
+
+def lost_tail(effects: Sequence[int], *, balance: int | None = None) -> Snapshot:
+    """A partition of six entries, the database at 4 and the group at 5; these had their effects."""
+    reads = tuple(Read(0, n, "k", f"id{n}", ITEMS[n]) for n in range(6))
+    amounts = [rules.amount("book", ITEMS[n]) for n in effects]
+    return Snapshot(
+        committed={"entries": reads},
+        effects=tuple(
+            Effect("book", 0, n, f"id{n}", "k", ITEMS[n], amount, n) for n, amount in zip(effects, amounts, strict=True)
+        ),
+        accounts={("book", "k"): Account(balance or sum(amounts), tuple(ITEMS[n] for n in effects))},
+        positions={("book", 0): 4},
+        group_offsets={("book", 0): 5},
+    )
+
+
+@pytest.mark.parametrize(
+    ("snapshot", "told", "lost", "wrong"),
+    [
+        (lost_tail([0, 1, 2, 3]), {("book", 0): (6, 4)}, 2, 0),
+        (lost_tail([0, 1, 2, 3]), {("book", 0): (5, 4)}, 1, 0),
+        (lost_tail([0, 1, 2, 3]), {}, 0, 2),
+        (lost_tail([0, 1, 2, 3]), {("book", 0): (6, 3)}, 2, 1),
+        (lost_tail([0, 1, 2, 3, 5]), {("book", 0): (6, 4)}, 2, 2),
+        (lost_tail([0, 2, 3]), {("book", 0): (6, 4)}, 2, 2),
+        (lost_tail([0, 1, 2, 3, 3]), {("book", 0): (6, 4)}, 2, 2),
+        (lost_tail([0, 1, 2, 3], balance=1), {("book", 0): (6, 4)}, 2, 1),
+    ],
+)
+def test_what_a_new_primary_lacks_is_compared_with_what_was_told(
+    snapshot: Snapshot, told: dict[Place, tuple[int, int]], lost: int, wrong: int
+) -> None:
+    """Told to the offset and nothing else amiss; not told; told wrongly; and what is there is not what it should be."""
+    found, violations = judge(snapshot, told, [])
+    assert (found, len(violations)) == (lost, wrong), violations
 
 
 @pytest.mark.parametrize("by", ["eo.relay.x.0", "x" * 300])
