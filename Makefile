@@ -50,7 +50,7 @@ campaign: $(READY) ## Crashes without end: forked processes, models, client erro
 	@echo "== cuts"
 	@$(BIN)/python -m tests.campaign.cuts --minutes $(MINUTES)
 	@echo "== planted bugs"
-	@$(BIN)/python -m tests.campaign.mutation --minutes $(MINUTES)
+	@$(BIN)/eo dev run -- $(BIN)/python -m tests.campaign.mutation --minutes $(MINUTES)
 	@$(BIN)/python -m tests.campaign.report
 
 lint: $(READY) ## Style, types and import rules

@@ -16,9 +16,12 @@ import queue
 import signal
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import confluent_kafka
 from sqlalchemy import make_url
 
 from eoframework import clock, dev
@@ -85,7 +88,8 @@ class Campaign:
         self._versions: dict[str, str] = {}
 
     def run(self, addresses: Addresses, directory: Path) -> None:
-        self._versions = versions(addresses.database_url)
+        self._versions = versions(addresses.database_url) | {"confluent-kafka": confluent_kafka.__version__}
+        self._began = self._saved = self._told = clock.monotonic()
         with database_to_copy(addresses) as template:
             name = str(make_url(template).database)
             work = Work(addresses, name, directory, CONTEXT.Queue(), CONTEXT.Queue(), CONTEXT.Event())
@@ -142,6 +146,17 @@ class Campaign:
             )
 
 
+@contextmanager
+def _services(state: Path) -> Iterator[Addresses]:
+    """A broker and a server that are gone at the end. Nothing is killed, so nothing has to reach the disk."""
+    settings = {"fsync": "off", "full_page_writes": "off"}
+    try:
+        with dev.start(state, postgres=dev.PostgresOptions(settings=settings)) as services:
+            yield Addresses(services.database_url, services.bootstrap_servers)
+    finally:
+        dev.reset(state)
+
+
 def main() -> int:
     options = Options.parse()
     directory = Path(tempfile.mkdtemp(prefix="eo-cuts-"))
@@ -153,10 +168,10 @@ def main() -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
-    # Nothing is killed, so nothing has to reach the disk.
-    settings = {"fsync": "off", "full_page_writes": "off"}
-    with dev.start(directory / ".eo", postgres=dev.PostgresOptions(settings=settings)) as services:
-        campaign.run(Addresses(services.database_url, services.bootstrap_servers), directory)
+    with _services(directory / ".eo") as addresses:
+        campaign.run(addresses, directory)
+    if not any(directory.iterdir()):
+        directory.rmdir()
     print(campaign.report.statement() if options.counts else f"{campaign.found} violations found")
     if campaign.found:
         return _FOUND

@@ -278,7 +278,7 @@ def _declare(world: World) -> None:
         values = {"key": visit.key, "n": visit.n}
         tx.session.execute(_ENTRY, values)
         tx.session.execute(_ACCOUNT, values)
-        tx.publish(world.bookings, Booking(**values))
+        tx.publish(world.bookings, Booking(key=visit.key, n=visit.n))
 
     @world.app.transform(world.bookings, to=world.slips, name="show")
     def show(message: Message[Booking]) -> list[Slip]:

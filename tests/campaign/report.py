@@ -58,6 +58,9 @@ def _overview(layers: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def _facts(layer: Mapping[str, Any]) -> Iterator[str]:
+    if "conditions" in layer:
+        yield f"{layer['conditions']}"
+        yield ""
     versions = ", ".join(f"{name} {version}" for name, version in (layer.get("versions") or {}).items())
     if versions:
         yield f"Versions: {versions}."

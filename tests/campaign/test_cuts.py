@@ -28,7 +28,7 @@ class Live:
     def __init__(self, services: Addresses, template: str, directory: Path) -> None:
         self._services, self._template, self.directory = services, template, directory
 
-    def __call__(self, seed: str, *, messages: int = 16, without: str = "", **shares: float) -> Result:
+    def __call__(self, seed: str, *, messages: int, without: str = "", **shares: float) -> Result:
         drawn: dict[Call, float] = {call: shares.get(call, 0.0) for call in CALLS}
         plan = Plan(seed, messages=messages, without=without, longest=30, shares=drawn)
         return run_round(self._services, self._template, plan, self.directory)
@@ -41,7 +41,7 @@ def live(services: Addresses, template: str, tmp_path: Path) -> Live:
 
 def test_nothing_is_lost_or_doubled_by_cuts(live: Live) -> None:
     """The same recoveries, removed: the tests below."""
-    result = live("1:0", COMMIT=0.7, EndTxn=0.6)
+    result = live("1:0", messages=12, COMMIT=0.7, EndTxn=0.6)
     assert result.violations == []
     assert result.tally.cuts("COMMIT") > 10
     assert result.tally.cuts("EndTxn") > 5
@@ -52,7 +52,7 @@ def test_nothing_is_lost_or_doubled_by_cuts(live: Live) -> None:
 
 def test_without_asking_the_position(live: Live) -> None:
     """A batch whose COMMIT had happened is booked again: by row, by sum, and with what it published."""
-    found = "\n".join(live("1:1", messages=24, without="position", COMMIT=0.8).violations)
+    found = "\n".join(live("1:1", messages=16, without="position", COMMIT=0.8).violations)
     assert "entries: " in found
     assert "doubled" in found
     assert "account " in found
@@ -60,7 +60,7 @@ def test_without_asking_the_position(live: Live) -> None:
 
 def test_without_the_checkpoint(live: Live) -> None:
     """Rows that Kafka has, and whose delete was cut before the server saw it, are published again."""
-    result = live("1:2", without="checkpoint", COMMIT=0.8)
+    result = live("1:2", messages=12, without="checkpoint", COMMIT=0.8)
     assert any(text.startswith(("visits: ", "bookings: ")) and " doubled" in text for text in result.violations)
     assert Path(result.log).exists(), "what was found is to be looked at"
 
