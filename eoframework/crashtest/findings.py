@@ -157,7 +157,7 @@ class Report:
             lines.append(f"not reached in this run: {', '.join(missed)}")
         if self.skipped:
             why = "interrupted before" if self.interrupted else "no time for"
-            lines.append(f"{why} {_number(self.skipped, 'more point')}")
+            lines.append(f"{why} {number(self.skipped, 'more point')}")
         return [*lines, ""] if lines else []
 
     def _found(self) -> list[str]:
@@ -173,11 +173,11 @@ class Report:
     def _verdict(self) -> str:
         if self.clean and self.injected:
             odds = f"rule of three: < {3 / self.injected:.2g} of crashes at 95 %"
-            crashes = _number(self.injected, "injected crash", "es")
+            crashes = number(self.injected, "injected crash", "es")
             but = f"; {len(self.unsteady)} of the tables and topics not compared" if self.unsteady else ""
             return f"0 violations in {crashes} ({odds}){but}; seed {self.seed}"
-        violations, outside = _number(len(self.bad), "violation"), _number(len(self.beside), "effect")
-        crashes = _number(self.injected, "injected crash", "es")
+        violations, outside = number(len(self.bad), "violation"), number(len(self.beside), "effect")
+        crashes = number(self.injected, "injected crash", "es")
         return f"{violations} in {crashes}, {outside} outside of transactions; seed {self.seed}"
 
 
@@ -185,7 +185,8 @@ _SHOWN = 10
 _COUNTS = ("lost", "doubled", "changed", "reordered")
 
 
-def _number(count: int, what: str, plural: str = "s") -> str:
+def number(count: int, what: str, plural: str = "s") -> str:
+    """So many of them, in words that agree."""
     return f"{count} {what}{plural if count != 1 else ''}"
 
 

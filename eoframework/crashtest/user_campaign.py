@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from eoframework import clock
-from eoframework.crashtest.findings import Beside, History, PointResult, Report
+from eoframework.crashtest.findings import Beside, History, PointResult, Report, number
 from eoframework.crashtest.load import Sending, keys_of
 from eoframework.crashtest.points import BOUNDARIES, FLOWS, NAMES
 from eoframework.crashtest.reference import Difference, Reference
@@ -109,14 +109,12 @@ class Campaign:
     def _crash_at_each(
         self, report: Report, reference: Reference, cells: Sequence[tuple[Role, str]], began: float
     ) -> Reference:
-        for number, (role, point) in enumerate(cells):
+        for done, (role, point) in enumerate(cells, start=1):
             if self._deadline is not None and clock.monotonic() > self._deadline:
                 break
             reference = self._cell(report, reference, role, point)
-            spent = (clock.monotonic() - began) / (number + 3)
-            self._say(
-                f"{number + 1}/{len(cells)} {_line(report.points[-1])}; {spent * (len(cells) - number - 1):.0f} s left"
-            )
+            spent = (clock.monotonic() - began) / (done + 2)
+            self._say(f"{done}/{len(cells)} {_line(report.points[-1])}; {spent * (len(cells) - done):.0f} s left")
         return reference
 
     def _first_run(self) -> Result:
@@ -141,7 +139,7 @@ class Campaign:
         Sent by both, one id would stand for two messages, and which of them comes first would depend on the moment.
         """
         sent = Counter(one.topic for one in self._load)
-        filled = {name for name, number in sent.items() if len(first.state.tables[f"{TOPIC}{name}"].rows) > number}
+        filled = {name for name, ours in sent.items() if len(first.state.tables[f"{TOPIC}{name}"].rows) > ours}
         left = [one for one in self._load if one.topic not in filled]
         if not filled or not left:
             return False
@@ -167,7 +165,7 @@ class Campaign:
         return result
 
     def _run_calmly(self, batch: int, *, ahead: int = 0) -> Result:
-        self._say(f"a run without a crash, {len(self._load)} messages, {batch} at a time")
+        self._say(f"a run without a crash, {number(len(self._load), 'message')}, {batch} at a time")
         result = Run(self._stage, self._app, self._load, batch=batch).go(watched=True, ahead=ahead)
         self._statements.update(result.state.outside)
         return result
@@ -200,7 +198,7 @@ class Campaign:
             if size >= len(self._load):
                 break
             load = self._load[:size]
-            self._say(f"the same with {size} messages")
+            self._say(f"the same with {number(size, 'message')}")
             calm = Run(self._stage, self._app, load, batch=_BATCH).go()
             smaller = replace(reference, state=calm.state)
             for at in points:

@@ -7,10 +7,8 @@ the lines they come from.
 from __future__ import annotations
 
 import functools
-import os
 import random
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import date
@@ -22,7 +20,9 @@ from eoframework.handlers import Handler
 from eoframework.transform.transformer import Transformer
 from eoframework.transforms import Transform
 
-_CLOCKS = frozenset({time.time, time.time_ns, time.localtime, time.gmtime, os.urandom})
+_CLOCKS = frozenset(
+    {("time", "time"), ("time", "time_ns"), ("time", "localtime"), ("time", "gmtime"), ("posix", "urandom")}
+)
 _TODAY = frozenset({"now", "utcnow", "today"})
 # Written in Python: asked for chance, they ask one of the above, or a Random.
 _BETWEEN = ("/random.py", "/uuid.py", "/secrets.py")
@@ -77,7 +77,7 @@ def _asks(function: Any) -> bool:
         return True
     if isinstance(owner, type) and issubclass(owner, date):
         return function.__name__ in _TODAY
-    return function in _CLOCKS
+    return (getattr(function, "__module__", ""), function.__name__) in _CLOCKS
 
 
 def _name(function: Any) -> str:

@@ -67,7 +67,12 @@ def surroundings(names: Sequence[str], url: str, servers: str, *, path: str) -> 
 
     path: its PYTHONPATH, if it is to have one of ours.
     """
-    mine = dict.fromkeys(names, url) | {"EO_KAFKA_BOOTSTRAP_SERVERS": servers, "PGAPPNAME": "the application"}
+    mine = dict.fromkeys(names, url) | {
+        "EO_KAFKA_BOOTSTRAP_SERVERS": servers,
+        # A .env file, or pyproject.toml, may say how the real cluster is reached.
+        "EO_KAFKA_SECURITY_PROTOCOL": "PLAINTEXT",
+        "PGAPPNAME": "the application",
+    }
     if path:
         mine["PYTHONPATH"] = path
     # How the real cluster is reached says nothing about this one.

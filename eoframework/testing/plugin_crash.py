@@ -70,14 +70,22 @@ class CrashTests:
             allowed=tuple(allow),
         )
         if self._stage is None:
-            # The app's processes find what this one finds.
-            path = os.pathsep.join(entry for entry in sys.path if entry)
-            refuse_what_cannot_be(question, path=path, given=bool(messages))
-            self._stage = self._stack.enter_context(Stage(path=path))
-        report = crash_test(question, self._stage, given=_load(messages), say=_say)
+            refuse_what_cannot_be(question, path=_path(), given=bool(messages))
+        report = crash_test(question, self.stage(), given=_load(messages), say=_say)
         if not report.clean:
             raise AssertionError(f"{reference} does not do the same when it is killed:\n{report.text()}")
         return report
+
+    def stage(self) -> Stage:
+        """The services; the first call starts them."""
+        if self._stage is None:
+            self._stage = self._stack.enter_context(Stage(path=_path()))
+        return self._stage
+
+
+def _path() -> str:
+    # The app's processes find what this one finds.
+    return os.pathsep.join(entry for entry in sys.path if entry)
 
 
 def _load(messages: Sequence[Given]) -> list[Sending]:

@@ -117,6 +117,7 @@ TRANSFORMING = (
         "kafka/membership.py",
         "        if generation < 0 or not member:\n",
         "        if generation < -1:\n",
+        "beginning, transform",
         "freezes, transform",
         "doubts, transform",
     ),

@@ -43,6 +43,7 @@ class Copy:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self._sound: dict[str, str] = {}
         listed = subprocess.run(["git", "ls-files", "-z"], cwd=REPOSITORY, capture_output=True, check=True).stdout
         for name in filter(None, listed.decode().split("\0")):
             if (REPOSITORY / name).is_file():
@@ -56,11 +57,13 @@ class Copy:
 
     def plant(self, mutant: Mutant) -> None:
         for path in mutant.paths:
-            (self.directory / path).write_text(planted((self.directory / path).read_text(), mutant, path))
+            # Kept, and not copied anew: somebody may be at work in the source by then.
+            self._sound[path] = (self.directory / path).read_text()
+            (self.directory / path).write_text(planted(self._sound[path], mutant, path))
 
     def mend(self, mutant: Mutant) -> None:
         for path in mutant.paths:
-            shutil.copy2(REPOSITORY / path, self.directory / path)
+            (self.directory / path).write_text(self._sound.pop(path))
 
     def hear(self, layer: str) -> Heard:
         """Run a layer over this copy."""
