@@ -17,6 +17,7 @@ from eoframework.transform.ladder import check_ladder
 from eoframework.transform.start import Beginning
 from eoframework.transform.worker import TransformWorker
 from eoframework.transforms import Transform
+from tests.processes import eventually
 from tests.transform.mill import Flour, Grain, Mill
 
 
@@ -105,6 +106,20 @@ def test_a_second_registration_moves_nothing_back(mill: Mill) -> None:
     mill.pour(range(5, 8))
     mill.run_to(8)
     assert mill.ground() == list(range(8))
+
+
+def test_offsets_that_are_gone_are_not_begun_anew(mill: Mill) -> None:
+    """Expired, or deleted with their group. Seen to fail without the refusal in `Beginning.missing`: all of it was sent
+    again.
+    """
+    grinding(mill)
+    mill.pour([1, 2])
+    mill.run_to(2)
+    mill.stop()
+    eventually(lambda: mill.admin.delete_group(mill.group), "the group had members still")
+    with pytest.raises(FailClosed, match="has no offsets any more"):
+        mill.run_to(2)
+    assert mill.ground() == [1, 2]
 
 
 def test_a_handler_that_becomes_a_transform_does_not_begin_at_offsets_that_lag(mill: Mill) -> None:
