@@ -97,8 +97,6 @@ class Plan:
     """What was processed is deleted from the topics."""
     long: bool = False
     """Most processes are left alone for seconds."""
-    deleted_past: int = 0
-    """So many records more than were processed: the run must not come to its end."""
 
 
 @dataclass
@@ -262,8 +260,7 @@ class World:
             clock.sleep(0.02)
 
     def _upkeep(self, engine: Engine) -> Upkeep:
-        seed, past = self.plan.seed, self.plan.deleted_past
-        upkeep = Upkeep(self._archive, self._admin, engine, self.name, seed, offsets=self._offsets, past=past)
+        upkeep = Upkeep(self._archive, self._admin, engine, self.name, self.plan.seed, offsets=self._offsets)
         upkeep.begin()
         return upkeep
 

@@ -81,11 +81,10 @@ class Upkeep:
         seed: str,
         *,
         offsets: Callable[[], dict[Place, int]],
-        past: int = 0,
     ) -> None:
-        """`offsets`: of the groups. `past`: so many more records than were processed, which nobody may overlook."""
+        """`offsets`: of the groups."""
         self._archive, self._admin, self._engine, self._offsets = archive, admin, engine, offsets
-        self._names, self._past = reading.topic_names(world), past
+        self._names = reading.topic_names(world)
         self._chance = random.Random(f"{seed} upkeep")
         self._next = 1.0
         self._deleted: dict[Place, int] = {}
@@ -120,16 +119,7 @@ class Upkeep:
             with self._engine.connect() as connection:
                 places |= reading.positions(connection)
         reached: dict[Place, int] = {(SOURCES[consumer], partition): at for (consumer, partition), at in places.items()}
-        moved = {place: at for place, at in reached.items() if at > self._deleted.get(place, 0)}
-        return self._further(moved) if self._past and moved else moved
-
-    def _further(self, reached: Mapping[Place, int]) -> dict[Place, int]:
-        """As far past these as there is anything."""
-        ends = reading.log_ends(self._admin, [self._names[topic] for topic in {place[0] for place in reached}], 0)
-        return {
-            (topic, partition): min(at + self._past, ends[self._names[topic], partition])
-            for (topic, partition), at in reached.items()
-        }
+        return {place: at for place, at in reached.items() if at > self._deleted.get(place, 0)}
 
     def _delete(self, upto: Mapping[Place, int]) -> None:
         asked = [TopicPartition(self._names[topic], partition, at) for (topic, partition), at in upto.items()]

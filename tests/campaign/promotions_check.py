@@ -20,7 +20,12 @@ _OF_THE_TAIL = frozenset({"I1", "I2", "I3", "I7", "I8", "I10", "I11", "I12"})
 
 def lost_and_told(result: Result, directory: Path) -> tuple[int, list[Violation]]:
     """How many messages were lost whose loss was told, and all that is wrong."""
-    told = dict(_told(path.read_text(errors="replace") for path in directory.rglob("*.log")))
+    told = dict(
+        _told(
+            path.read_text(errors="replace")
+            for path in directory.glob(f"w{result.plan.seed.replace(':', '-')}-*/*.log")
+        )
+    )
     return judge(result.snapshot, told, [each for each in result.violations if each.invariant not in _OF_THE_TAIL])
 
 

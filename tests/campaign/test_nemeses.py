@@ -4,18 +4,24 @@ a lost tail.
 
 from __future__ import annotations
 
+import random
 import struct
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from confluent_kafka import TopicPartition
+from sqlalchemy import Engine
 
 from tests.campaign import ledger_rules as rules
 from tests.campaign.checker import by_invariant
+from tests.campaign.full_load import Load
 from tests.campaign.full_nursery import Zygote
 from tests.campaign.full_places import template_database
 from tests.campaign.full_world import Plan, World
+from tests.campaign.history import History
 from tests.campaign.ledger import Account, Effect, Place, Read, Snapshot
+from tests.campaign.ledger_reading import Tail, log_ends
 from tests.campaign.nemeses_network import KINDS, LateByChance
 from tests.campaign.promotions_check import judge
 from tests.conftest import Addresses
@@ -68,14 +74,36 @@ def test_a_late_request_comes_in_the_next_transaction() -> None:
     assert kinds == set(KINDS)
 
 
+class Careless(World):
+    """While nobody runs, entries are sent and deleted."""
+
+    def _drain(self, engine: Engine, history: History, tail: Tail) -> float | None:
+        self._end_everything()
+        servers, topic = self.addresses.bootstrap_servers, f"{self.name}.entries"
+        load = Load(servers, topic, history, random.Random(1), keys=3)
+        load.sent = 1_000_000
+        load.send(30)
+        load.finish()
+        ends = log_ends(self._admin, [topic], 0)
+        self._archive.keep({("entries", partition): end for (_, partition), end in ends.items()})
+        asked = [TopicPartition(*place, end) for place, end in ends.items()]
+        for future in self._admin.delete_records(asked).values():
+            future.result(20)
+        return super()._drain(engine, history, tail)
+
+    def _is_drained(self, engine: Engine, tail: Tail) -> bool:
+        # What is not there any more cannot be asked for.
+        return False
+
+
 def test_a_run_whose_records_are_deleted_too_early_does_not_pass(services: Addresses, tmp_path: Path) -> None:
     """What is seen when retention takes records that nobody has processed: the workers stop, none goes on behind them.
-    With nothing deleted past the positions the same plan ends with no violation.
+    Without the deletion the same plan ends with no violation.
     """
-    plan = Plan("past", kills=3, longest=15, roles=("book",), gentle=True, upkeep=True, deleted_past=5, patience=3)
+    plan = Plan("past", kills=2, longest=8, roles=("book",), gentle=True, upkeep=True, patience=3)
     name = f"campaign_{tmp_path.parent.name.replace('-', '_')}_past"
     with template_database(services, name) as template, Zygote() as zygote:
-        result = World(services, template, zygote, tmp_path, plan).run()
+        result = Careless(services, template, zygote, tmp_path, plan).run()
     found = by_invariant(result.violations)
     assert {"I1", "I10"} <= found.keys(), found
     assert result.tally.exits["exit 70"]
