@@ -25,7 +25,7 @@ class Fetched(NamedTuple):
         return f"{self.message.topic()}[{self.partition}]@{self.offset}"
 
     def record(self) -> Record:
-        """The record, made anew by each call."""
+        """The record; to be asked for once: a header that is not UTF-8 raises only the first time."""
         return record_of(self.message)
 
 

@@ -50,8 +50,8 @@ class TooMany(Retryable):
     """Kafka refuses something among the outputs of several messages: with fewer it shows which."""
 
 
-Result = tuple[Fetched, list[Outgoing] | Exception]
-"""What is to be sent for a message, or why it failed."""
+Result = tuple[Fetched, Record, list[Outgoing] | Exception]
+"""What is to be sent for a message, or why it failed. With its record: some can be read only once."""
 
 
 @dataclass(slots=True)
@@ -211,7 +211,7 @@ class Transformer:
     def _send(self, results: Iterable[Result], work: _Work, outcome: Outcome) -> None:
         sending: list[Outgoing] = []
         ends: dict[int, int] = {}
-        for fetched, result in results:
+        for fetched, record, result in results:
             partition, offset, _ = fetched
             if partition in work.held or partition in outcome.held:
                 continue
@@ -219,7 +219,7 @@ class Transformer:
             work.last = fetched
             if isinstance(result, Exception):
                 work.passed(ends)
-                sending += self._failed(fetched.record(), result, work, outcome)
+                sending += self._failed(record, result, work, outcome)
             else:
                 sending += result
                 work.done += 1
@@ -265,7 +265,8 @@ class Transformer:
         results: list[Result] = []
         while left and len(results) < most and (not results or clock.monotonic() < due):
             fetched = left.popleft()
-            results.append((fetched, self._handle_one(fetched.record(), outcome)))
+            record = fetched.record()
+            results.append((fetched, record, self._handle_one(record, outcome)))
         return results
 
     def _handle_one(self, record: Record, outcome: Outcome) -> list[Outgoing] | Exception:
@@ -278,7 +279,7 @@ class Transformer:
         records = [one.record() for one in fetched]
         simple = not (self._takes_messages or self._doomed or any(map(_unreadable, records)))
         if simple and (payloads := self._topic.decode_payloads(records)) is not None:
-            return list(zip(fetched, self._call_list(records, payloads), strict=True))
+            return list(zip(fetched, records, self._call_list(records, payloads), strict=True))
         given: list[Any] = []
         unreadable: dict[int, Exception] = {}
         for index, record in enumerate(records):
@@ -290,7 +291,7 @@ class Transformer:
         results = self._call_list(readable, given)
         for index, why in unreadable.items():
             results.insert(index, why)
-        return list(zip(fetched, results, strict=True))
+        return list(zip(fetched, records, results, strict=True))
 
     def _call_list(self, records: list[Record], given: list[Any]) -> list[list[Outgoing] | Exception]:
         """Call the function, without one that failed by itself or was named, else in halves, until it succeeds."""

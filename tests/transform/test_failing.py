@@ -12,6 +12,7 @@ from eoframework import Breaker, Message, Out, Reject, Retry, RetryLater
 from eoframework.errors import Abortable, BatchItemFailed, FailClosed, HandlerFailed
 from eoframework.retry import fixed
 from eoframework.settings import Settings
+from tests.consume.unreadable import produce_with_header_name
 from tests.transform.mill import NEVER, Flour, Grain, Mill
 
 SOON = Retry(attempts=3, backoff=fixed(0.05), jitter=0)
@@ -319,3 +320,23 @@ def test_a_member_that_is_refused_while_it_takes_over_goes_on(mill: Mill) -> Non
     mill.pour([3])
     mill.run_to(3)
     assert mill.ground() == [1, 2, 3]
+
+
+def one(grain: Grain) -> Flour:
+    return Flour(n=grain.n)
+
+
+def many(batch: list[Grain]) -> list[Flour]:
+    return [Flour(n=grain.n) for grain in batch]
+
+
+@pytest.mark.parametrize("function", [one, many])
+def test_a_record_that_can_be_read_only_once(function: Any, mill: Mill) -> None:
+    """A header name that is not UTF-8. Seen to fail with the record made anew for the dead letter: the client hands out
+    null pointers the second time, and the process ends with SIGSEGV.
+    """
+    mill.app.transform(mill.grain, to=mill.flour, name="grind")(function)
+    mill.pour([1])
+    servers = mill.settings.require_bootstrap_servers()
+    produce_with_header_name(servers, mill.grain.name, b'{"n": 2}', b"\xff\xfe")
+    mill.run_until(lambda: len(mill.ground()) == 1 and len(mill.dead()) == 1)
