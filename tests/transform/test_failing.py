@@ -10,6 +10,7 @@ import pytest
 
 from eoframework import Breaker, Message, Out, Reject, Retry, RetryLater
 from eoframework.errors import Abortable, BatchItemFailed, FailClosed, HandlerFailed
+from eoframework.kafka.transaction import TransactionalProducer
 from eoframework.retry import fixed
 from eoframework.settings import Settings
 from tests.consume.unreadable import produce_with_header_name
@@ -24,6 +25,12 @@ def mill(settings: Settings) -> Iterator[Mill]:
     made = Mill(settings, partitions=2)
     yield made
     made.stop()
+
+
+def producer_of(mill: Mill) -> TransactionalProducer:
+    assert mill.worker is not None
+    assert mill.worker._producer is not None
+    return mill.worker._producer
 
 
 def grinding(
@@ -92,7 +99,7 @@ def test_the_dead_letter_is_part_of_the_same_transaction(mill: Mill) -> None:
     def fails() -> None:
         raise FailClosed("before the commit")
 
-    mill.worker._ready().commit = fails  # type: ignore[method-assign]
+    producer_of(mill).commit = fails  # type: ignore[method-assign]
     mill.pour([1, 2, 3])
     with pytest.raises(FailClosed):
         mill.run_to(4)
@@ -290,7 +297,8 @@ def test_a_doubt_elsewhere_does_not_shorten_the_pause(mill: Mill) -> None:
     mill.pour([1, 2, 3])
     mill.run_to(1)
     assert mill.worker is not None
-    mill.worker._ready().send_offsets = _refuses_once(mill.worker._ready().send_offsets)  # type: ignore[method-assign]
+    producer = producer_of(mill)
+    producer.send_offsets = _refuses_once(producer.send_offsets)  # type: ignore[method-assign]
     mill.pour([10, 11], partition=1)
     mill.run_to(2, partition=1)
     assert mill.ground() == [1, 10, 11]
@@ -316,7 +324,8 @@ def test_a_member_that_is_refused_while_it_takes_over_goes_on(mill: Mill) -> Non
     mill.run_to(2)
     mill.start()
     assert mill.worker is not None
-    mill.worker._ready().send_offsets = _refuses_once(mill.worker._ready().send_offsets)  # type: ignore[method-assign]
+    producer = producer_of(mill)
+    producer.send_offsets = _refuses_once(producer.send_offsets)  # type: ignore[method-assign]
     mill.pour([3])
     mill.run_to(3)
     assert mill.ground() == [1, 2, 3]
