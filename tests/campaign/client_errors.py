@@ -14,10 +14,7 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import logging
-import platform
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -26,15 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import confluent_kafka
-
 from eoframework import clock
 from tests.campaign.client_error_cells import Cell, Seen, cells, run
 from tests.campaign.client_error_rules import RULES, broken_rules
+from tests.campaign.report_file import DIRECTORY, client_versions, commit, write_json, write_whole
 
-HERE = Path(__file__).resolve().parent
-TABLE = HERE / "client_errors.csv"
-REPORT = HERE.parent.parent / "docs" / "campaign" / "client_errors.json"
+TABLE = Path(__file__).with_name("client_errors.csv")
+REPORT = DIRECTORY / "client_errors.json"
 WORKERS = 32
 """Cells side by side, in threads: they wait for the client's timers most of the time."""
 
@@ -133,7 +128,7 @@ def main(arguments: list[str] | None = None) -> int:
         said = complaints(found, read_table())
     if chosen.write and not said:
         _write_table(found)
-    _write(REPORT, json.dumps(_report(found, said, started, clock.monotonic() - begun), indent=1) + "\n")
+    write_json(REPORT, _report(found, said, started, clock.monotonic() - begun))
     print("\n".join(said) or f"{len(found)} cells keep {RULES} rules; the table is as it must be.", flush=True)
     return 1 if said else 0
 
@@ -157,13 +152,10 @@ def _run_and_tell(wanted: list[Cell], workers: int) -> list[Found]:
 
 def _write_table(found: list[Found]) -> None:
     lines = [",".join(_COLUMNS)] + [",".join((*key_of(one.cell), *one.row)) for one in found]
-    _write(TABLE, "\n".join(lines) + "\n")
+    write_whole(TABLE, "\n".join(lines) + "\n")
 
 
 def _report(found: list[Found], said: list[str], started: str, seconds: float) -> dict[str, Any]:
-    root = HERE.parent.parent
-    asked = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(asked, cwd=root, capture_output=True, text=True, check=True)
     classes = Counter(one.seen.outcome for one in found)
     by_call: dict[str, Counter[str]] = {}
     for one in found:
@@ -173,12 +165,8 @@ def _report(found: list[Found], said: list[str], started: str, seconds: float) -
         "what": "Every error that a broker can answer to every request of our Kafka classes, one to three times in a "
         "row, on librdkafka's mock cluster: the class that is raised, whether the producer is replaced, and whether "
         "the next transaction succeeds.",
-        "commit": commit.stdout.strip(),
-        "versions": {
-            "python": platform.python_version(),
-            "confluent_kafka": confluent_kafka.version(),
-            "librdkafka": confluent_kafka.libversion()[0],
-        },
+        "commit": commit(),
+        "versions": client_versions(),
         "seeds": [],
         "injected": dict(sorted(Counter(one.cell.fault for one in found).items())),
         "violations": said,
@@ -190,13 +178,6 @@ def _report(found: list[Found], said: list[str], started: str, seconds: float) -
         "classes": dict(classes.most_common()),
         "calls": {call: dict(counts.most_common()) for call, counts in by_call.items()},
     }
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".draft")
-    draft.write_text(text)
-    draft.replace(path)
 
 
 if __name__ == "__main__":

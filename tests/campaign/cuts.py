@@ -21,7 +21,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import confluent_kafka
 from sqlalchemy import make_url
 
 from eoframework import clock, dev
@@ -30,7 +29,7 @@ from tests.campaign.cuts_lane import CONTEXT, Work, live
 from tests.campaign.cuts_report import REPORT, Report
 from tests.campaign.cuts_without import WITHOUT
 from tests.campaign.cuts_world import Plan, Result
-from tests.campaign.full_tally import versions
+from tests.campaign.report_file import versions
 from tests.conftest import Addresses, database_to_copy
 
 _FOUND, _STUMBLED = 4, 1
@@ -83,12 +82,12 @@ class Campaign:
         self.stopped = False
         self.found = self.problems = 0
         self._before = {call: report.cuts(call) for call in CALLS}
-        self._next, self._given = report.next_round(options.seed), 0
+        self._next, self._given = report.next_run(options.seed), 0
         self._began = self._saved = self._told = clock.monotonic()
         self._versions: dict[str, str] = {}
 
     def run(self, addresses: Addresses, directory: Path) -> None:
-        self._versions = versions(addresses.database_url) | {"confluent-kafka": confluent_kafka.__version__}
+        self._versions = versions(addresses.database_url)
         self._began = self._saved = self._told = clock.monotonic()
         with database_to_copy(addresses) as template:
             name = str(make_url(template).database)

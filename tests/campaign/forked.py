@@ -24,8 +24,6 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
-from sqlalchemy import create_engine
-
 from eoframework import clock
 from tests.campaign.forked_case import FLOWS, Case, Kill, random_case
 from tests.campaign.forked_every import new_points, pairs, points, singles, uncrashed, zombies
@@ -34,9 +32,9 @@ from tests.campaign.forked_pool import Pool
 from tests.campaign.forked_report import Report
 from tests.campaign.forked_server import lane_database, own_server
 from tests.campaign.forked_without import CASES
-from tests.processes import REPOSITORY
+from tests.campaign.report_file import DIRECTORY, server_version
 
-REPORT = REPOSITORY / "docs" / "campaign" / "forked.json"
+REPORT = DIRECTORY / "forked.json"
 STAGES = ("singles", "pairs", "zombies", "random")
 _TELL_EVERY = 15.0
 
@@ -237,21 +235,13 @@ def main(arguments: list[str]) -> int:
         if options.without:
             return look_for(CASES if options.without == "all" else [options.without], urls[0], work)
         report = Report.load(options.report)
-        report.postgresql = _server_version(url)
+        report.postgresql = server_version(url)
         pool = Pool(urls, work)
         try:
             Campaign(pool, report, options, stop).run()
         finally:
             pool.close()
         return 4 if report.violations else 0
-
-
-def _server_version(url: str) -> str:
-    engine = create_engine(url)
-    with engine.connect() as connection:
-        found = str(connection.exec_driver_sql("SHOW server_version").scalar_one())
-    engine.dispose()
-    return found
 
 
 if __name__ == "__main__":

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
-import subprocess
 from collections import Counter
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -15,7 +13,7 @@ from typing import Any
 from eoframework import clock
 from tests.campaign.forked_case import Case
 from tests.campaign.forked_lane import Ran
-from tests.processes import REPOSITORY
+from tests.campaign.report_file import commit, statement, write_json
 
 WHAT = (
     "Pre-forked processes run the real consume, failure, external, prune, replay, reprocess and relay code on a real "
@@ -92,22 +90,19 @@ class Report:
             self.violations.append({"replay": replay, "what": ran.violations, "endings": ran.endings})
 
     def statement(self) -> str:
-        bound = f" (rule of three: < {3 / self.kills:.1e} at 95 %)" if self.kills and not self.violations else ""
-        return f"{len(self.violations)} violations in {self.kills:,} injected crashes{bound}"
+        return statement(len(self.violations), self.kills, "injected crashes")
 
     def write(self) -> None:
         """All of it or nothing: a run that is killed leaves the last whole report."""
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=True
-        ).stdout.strip()
-        if commit not in self.commits:
-            self.commits.append(commit)
+        now_at = commit()
+        if now_at not in self.commits:
+            self.commits.append(now_at)
         document = {
             "layer": "forked",
             "what": WHAT,
             "conditions": CONDITIONS,
             "statement": self.statement(),
-            "commit": commit,
+            "commit": now_at,
             "commits": self.commits,
             "versions": {
                 "python": platform.python_version(),
@@ -127,7 +122,4 @@ class Report:
             "cells": {flow: dict(sorted(found.items())) for flow, found in sorted(self.cells.items())},
             "done": self.done,
         }
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.path.with_suffix(".new")
-        beside.write_text(json.dumps(document, indent=1) + "\n")
-        os.replace(beside, self.path)
+        write_json(self.path, document)

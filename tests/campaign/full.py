@@ -26,11 +26,12 @@ from eoframework import clock, dev
 from tests.campaign.full_nursery import Zygote
 from tests.campaign.full_places import template_database
 from tests.campaign.full_plans import Options, plan_of
-from tests.campaign.full_tally import Report, versions
+from tests.campaign.full_tally import Report
 from tests.campaign.full_world import Result, World
 from tests.campaign.nemeses_disk import SETTINGS, CannotMount, small_disk
 from tests.campaign.nemeses_network import proxy_of_all_clients
 from tests.campaign.nemeses_upkeep import BROKER
+from tests.campaign.report_file import statement, versions
 from tests.conftest import Addresses
 from tests.protocol_proxy import ProtocolProxy
 
@@ -161,13 +162,6 @@ def _disk(state: Path) -> Iterator[Path | None]:
         yield disk
 
 
-def rule_of_three(violations: int, kills: int) -> str:
-    """What that says, and no more."""
-    if violations or not kills:
-        return f"{violations} violations in {kills} injected crashes"
-    return f"0 violations in {kills} injected crashes (rule of three: < 3/{kills} = {3 / kills:.2g} at 95 %)"
-
-
 def main() -> int:
     options = Options.parse(__doc__ or "")
     directory = Path(tempfile.mkdtemp(prefix="eo-campaign-"))
@@ -178,7 +172,7 @@ def main() -> int:
         signal.signal(number, lambda *_: campaign.stop.set())
     with stage_of_our_own(state, options) as stage:
         campaign.run(stage)
-    print(rule_of_three(len(campaign.report.violations), campaign.report.kills))
+    print(statement(len(campaign.report.violations), campaign.report.kills, "injected crashes"))
     return 1 if campaign.report.violations or campaign.problems else 0
 
 

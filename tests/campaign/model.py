@@ -16,9 +16,7 @@ real services are for.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
-import subprocess
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -29,12 +27,12 @@ from tests.campaign.exploration import Found, Machine, explore
 from tests.campaign.model_consume import Consume
 from tests.campaign.model_relay import Relay
 from tests.campaign.model_transform import Transform
-from tests.conftest import REPOSITORY
+from tests.campaign.report_file import DIRECTORY, commit, write_json
 
 MACHINES: dict[str, type[Consume] | type[Relay] | type[Transform]] = {
     machine.name: machine for machine in (Consume, Relay, Transform)
 }
-REPORT = REPOSITORY / "docs" / "campaign" / "model.json"
+REPORT = DIRECTORY / "model.json"
 
 
 def machine_of(name: str, without: str = "") -> Machine:
@@ -45,11 +43,10 @@ def machine_of(name: str, without: str = "") -> Machine:
 def document(results: Sequence[Found], *, started: datetime) -> dict[str, Any]:
     """The report of this layer (tests/campaign/report.py)."""
     whole = [found for found in results if not found.without]
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=False)
     return {
         "layer": "model",
         "what": "Every order of steps of two workers, server, broker and network, in small models of the protocols.",
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
         "versions": {"python": platform.python_version()},
         "seeds": [],
         # Nothing here is a sample: the rule of three has nothing to say about it.
@@ -93,10 +90,7 @@ def main(arguments: Sequence[str]) -> int:
     if not results:
         parser.error(f"no machine has a protection called {asked.without!r}")
     if asked.only is None and asked.without is None:
-        asked.report.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(document(results, started=started), indent=1, ensure_ascii=False)
-        asked.report.with_suffix(".new").write_text(text + "\n")
-        asked.report.with_suffix(".new").replace(asked.report)
+        write_json(asked.report, document(results, started=started))
     return 0 if all(bool(found.wrong) == bool(found.without) for found in results) else 4
 
 

@@ -21,9 +21,10 @@ from pathlib import Path
 from eoframework import clock
 from tests.campaign.mutant import LAYERS, Mutant
 from tests.campaign.mutants import MUTANTS
+from tests.campaign.report_file import DIRECTORY, commit, write_json
 from tests.processes import REPOSITORY
 
-REPORT = REPOSITORY / "docs" / "campaign" / "mutation.json"
+REPORT = DIRECTORY / "mutation.json"
 LONGEST = 420.0
 """Seconds that a layer may take; a bug that makes everything stand still counts as found then."""
 
@@ -125,12 +126,6 @@ def look_for(mutant: Mutant, copy: Copy, silent: dict[str, bool]) -> dict[str, o
     return {"found_by": None, "seconds": round(seconds, 1)} if asked else {}
 
 
-def _git(*arguments: str) -> str:
-    return subprocess.run(
-        ["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=True
-    ).stdout.strip()
-
-
 def _load(*, again: bool) -> dict[str, dict[str, object]]:
     if again or not REPORT.exists():
         return {}
@@ -139,18 +134,15 @@ def _load(*, again: bool) -> dict[str, dict[str, object]]:
 
 
 def _store(found: dict[str, dict[str, object]]) -> None:
-    REPORT.parent.mkdir(parents=True, exist_ok=True)
     report = {
         "layer": "mutation",
         "what": "each protection taken out, and what noticed it",
-        "commit": _git("rev-parse", "--short", "HEAD"),
+        "commit": commit(),
         "planted": len(MUTANTS),
         "found": sum(one["found_by"] is not None for one in found.values()),
         "mutants": found,
     }
-    temporary = REPORT.with_suffix(".tmp")
-    temporary.write_text(json.dumps(report, indent=1) + "\n")
-    temporary.replace(REPORT)
+    write_json(REPORT, report)
 
 
 def main() -> None:

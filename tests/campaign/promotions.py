@@ -10,8 +10,6 @@ partition by partition and to the offset. They are added to docs/campaign/promot
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import random
 import sys
 import tempfile
@@ -19,21 +17,20 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from eoframework import clock, dev
 from tests.campaign.checker import Violation
-from tests.campaign.full import SESSION_TIMEOUT_MS, rule_of_three
+from tests.campaign.full import SESSION_TIMEOUT_MS
 from tests.campaign.full_nursery import Zygote
 from tests.campaign.full_places import template_database
-from tests.campaign.full_tally import REPORT, commit, versions
 from tests.campaign.full_world import Plan, Result, World
 from tests.campaign.promotions_check import lost_and_told
+from tests.campaign.report_file import DIRECTORY, GrowingReport, statement, versions
 from tests.conftest import Addresses
 from tests.postgres.servers import NEWEST, programs_of
 from tests.postgres.standby import Replicas, replicas
 
-PATH = REPORT.with_name("promotions.json")
+PATH = DIRECTORY / "promotions.json"
 _WHAT = (
     "The full campaign's processes on a primary with standbys: it is killed under load and a standby promoted, twice "
     "with synchronous ones, of which nothing may be lost; once with an asynchronous one that was cut off before, whose "
@@ -84,33 +81,22 @@ def play(kafka: dev.Services, seed: str, directory: Path, *, synchronous: bool) 
             return World(addresses, template, zygote, directory, plan).run()
 
 
-class Report:
+class Report(GrowingReport):
     """The layer's file."""
 
     def __init__(self) -> None:
-        told = {"layer": "promotions", "what": _WHAT, "injected": {}, "violations": [], "rounds": 0, "seconds": 0.0}
-        counted = {"messages": 0, "lost_messages_that_were_told": 0}
-        self.document: dict[str, Any] = json.loads(PATH.read_text()) if PATH.exists() else {**told, **counted}
+        counted = {"rounds": 0, "messages": 0, "lost_messages_that_were_told": 0}
+        super().__init__(PATH, {"layer": "promotions", "what": _WHAT, **counted})
 
-    @property
-    def kills(self) -> int:
-        return sum(count for kind, count in self.document["injected"].items() if kind.startswith("kill"))
-
-    def add(self, result: Result, violations: list[Violation], *, lost: int, url: str) -> None:
-        """On a crash: the file is as it was, or as it is now."""
+    def add(self, result: Result, violations: list[Violation], *, lost: int) -> None:
+        """Count one round."""
         document = self.document
-        document["injected"] = dict(sorted((Counter(document["injected"]) + result.tally.kinds).items()))
+        self.count("injected", result.tally.kinds)
         document["rounds"] += 1
         document["messages"] += result.sent
-        document["seconds"] = round(document["seconds"] + result.seconds, 1)
         document["lost_messages_that_were_told"] += lost
         found = [{"run": result.plan.seed, "invariant": each.invariant, "what": each.what} for each in violations]
         document["violations"] += found
-        document |= {"commit": commit(), "updated": clock.now().isoformat(timespec="seconds")}
-        document["versions"] = versions(url)
-        fresh = PATH.with_suffix(".new")
-        fresh.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
-        os.replace(fresh, PATH)
 
 
 def seeds(chosen: int, report: Report) -> Iterator[tuple[str, bool]]:
@@ -137,13 +123,14 @@ def main() -> int:
             seed, synchronous = next(rounds)
             result = play(services, seed, directory, synchronous=synchronous)
             lost, violations = (0, result.violations) if synchronous else lost_and_told(result, directory)
-            report.add(result, violations, lost=lost, url=services.database_url)
+            report.add(result, violations, lost=lost)
+            report.write(seconds=result.seconds, versions=versions(services.database_url))
             what = "synchronous" if synchronous else f"asynchronous, {lost} messages lost and told"
             print(f"round {seed}: {what}, {result.sent} sent, {result.tally.kills} kills", flush=True)
             for violation in violations:
                 print(f"round {seed}: {violation.invariant}: {violation.what}", flush=True)
-    print(rule_of_three(len(report.document["violations"]), report.kills))
-    return 1 if report.document["violations"] else 0
+    print(statement(len(report.violations), report.kills, "injected crashes"))
+    return 1 if report.violations else 0
 
 
 if __name__ == "__main__":

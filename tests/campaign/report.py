@@ -10,10 +10,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tests.campaign.full_tally import REPORT
+from tests.campaign import report_file
 
-DIRECTORY = REPORT.parent
-PAGE = DIRECTORY / "README.md"
+PAGE = report_file.DIRECTORY / "README.md"
 _HEAD = """# The crash campaign
 
 Rendered by `python -m tests.campaign.report` from the files beside it, which `make campaign` adds to. What is counted
@@ -22,7 +21,7 @@ here was seen; none of it is a proof. "Rule of three": with no violation in N cr
 """
 
 
-def render(directory: Path = DIRECTORY) -> str:
+def render(directory: Path = report_file.DIRECTORY) -> str:
     """The page."""
     layers = [json.loads(path.read_text()) for path in sorted(directory.glob("*.json"))]
     parts = [_HEAD, *_overview(layers)]
@@ -36,15 +35,13 @@ def statement(layer: Mapping[str, Any]) -> str:
     violations, (faults, what) = len(layer.get("violations", ())), _faults(layer)
     if not faults:
         return f"{violations} violations"
-    if violations:
-        return f"{violations} violations in {faults:,} injected {what}"
-    return f"0 violations in {faults:,} injected {what} (rule of three: < {3 / faults:.1e} at 95 %)"
+    return report_file.statement(violations, faults, f"injected {what}")
 
 
 def _faults(layer: Mapping[str, Any]) -> tuple[int, str]:
     """What its statement is about: crashes; where nothing was killed, connections that were cut."""
     for begins, what in (("kill", "crashes"), ("cut ", "cuts")):
-        if count := sum(count for kind, count in (layer.get("injected") or {}).items() if kind.startswith(begins)):
+        if count := report_file.injected(layer, begins):
             return count, what
     return 0, ""
 

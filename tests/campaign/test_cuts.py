@@ -124,7 +124,7 @@ def test_the_report_adds_up(tmp_path: Path) -> None:
         again = Report(path)
         again.add(Result(f"7:{number}", fates.tally, [], 1.0))
         again.write(seconds=1.0, versions={})
-    assert (again.cuts("COMMIT"), again.cuts("EndTxn"), again.next_round(7), again.next_round(8)) == (6, 0, 6, 0)
+    assert (again.cuts("COMMIT"), again.cuts("EndTxn"), again.next_run(7), again.next_run(8)) == (6, 0, 6, 0)
     assert json.loads(path.read_text())["rounds"] == 2
     assert "0 violations in 6 injected cuts (rule of three: < 5.0e-01 at 95 %)" in report.render(tmp_path)
     again.add(Result("7:6", fates.tally, ["entries: 1 lost"], 1.0))
