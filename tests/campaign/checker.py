@@ -48,19 +48,23 @@ def nothing_lost(s: Snapshot) -> Iterator[str]:
 def nothing_doubled(s: Snapshot) -> Iterator[str]:
     """I2: one effect for a message, by its id or else its place; a key's balance is the sum of its effects."""
     for consumer in rules.CONSUMERS:
-        effects = s.effects_of(consumer)
-        for item, times in Counter(effect.item for effect in effects).items():
-            if times > 1:
-                yield f"{consumer}: item {item} had its effect {times} times"
+        yield from doubled_effects(s, consumer)
         due: Counter[str | None] = Counter()
         for read in s.due(consumer):
             due[read.key] += rules.amount(consumer, read.item)
-        for (name, key), account in s.accounts.items():
-            if name == consumer and account.balance != due[key]:
+        for key, account in s.accounts_of(consumer).items():
+            if account.balance != due[key]:
                 yield f"{consumer}: the balance of {key} is {account.balance}, not {due[key]}"
     for read, made in _made(s):
         if made > rules.crumbs(read.item) > 0:
             yield f"crumble: {made} records came of {_shown(read)}, not {rules.crumbs(read.item)}"
+
+
+def doubled_effects(s: Snapshot, consumer: str) -> Iterator[str]:
+    """Items that had their effect more than once."""
+    for item, times in Counter(effect.item for effect in s.effects_of(consumer)).items():
+        if times > 1:
+            yield f"{consumer}: item {item} had its effect {times} times"
 
 
 def in_order(s: Snapshot) -> Iterator[str]:
@@ -249,12 +253,11 @@ def _letters(consumer: str, letters: Counter[tuple[int, int]], poison: Iterable[
 
 def _topic_order(s: Snapshot, consumer: str, topic: str, makes: Callable[[int], list[int]]) -> Iterator[str]:
     found = by_key(s.committed.get(topic, ()))
-    for (name, key), account in s.accounts.items():
-        if name == consumer:
-            wanted = tuple(made for item in account.items for made in makes(item))
-            there = tuple(read.item for read in found.get(key, ()))
-            if there != wanted:
-                yield f"{topic}: key {key} {_difference(there, wanted)}"
+    for key, account in s.accounts_of(consumer).items():
+        wanted = tuple(made for item in account.items for made in makes(item))
+        there = tuple(read.item for read in found.get(key, ()))
+        if there != wanted:
+            yield f"{topic}: key {key} {_difference(there, wanted)}"
 
 
 def _crumbs_order(s: Snapshot) -> Iterator[str]:

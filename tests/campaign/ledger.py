@@ -120,6 +120,10 @@ class Snapshot:
     def effects_of(self, consumer: str) -> list[Effect]:
         return [effect for effect in self.effects if effect.consumer == consumer]
 
+    def accounts_of(self, consumer: str) -> dict[str, Account]:
+        """By key."""
+        return {key: account for (name, key), account in self.accounts.items() if name == consumer}
+
     def first_deliveries(self, consumer: str) -> list[Read]:
         """Of what is in the consumer's topic: each message once, where it stands for the first time."""
         seen: set[str] = set()

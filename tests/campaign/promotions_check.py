@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tests.campaign import ledger_rules as rules
-from tests.campaign.checker import Violation
+from tests.campaign.checker import Violation, doubled_effects
 from tests.campaign.full_world import Result
-from tests.campaign.ledger import SOURCES, Place, Snapshot
+from tests.campaign.ledger import SOURCES, Place, Snapshot, by_key
 
 _TOLD = re.compile(r"\.(\w+)\[(\d+)\] was processed up to (\d+), but the database's position is (\d+)")
 # Of the tail itself: that it is missing, that what was published of it is out, and that nobody went on. What I2 and I3
@@ -53,16 +52,13 @@ def judge(
 def _agrees(snapshot: Snapshot) -> Iterator[str]:
     """What is there is there once, in its order, and each key's balance is that of its effects."""
     for consumer in rules.CONSUMERS:
-        effects = snapshot.effects_of(consumer)
-        for item, times in Counter(effect.item for effect in effects).items():
-            if times > 1:
-                yield f"{consumer}: item {item} had its effect {times} times"
-        for (name, key), account in snapshot.accounts.items():
-            mine = [effect for effect in effects if effect.key == key and name == consumer]
-            if name == consumer and account.balance != sum(effect.amount for effect in mine):
+        yield from doubled_effects(snapshot, consumer)
+        effects, due = snapshot.effects_of(consumer), by_key(snapshot.due(consumer))
+        for key, account in snapshot.accounts_of(consumer).items():
+            if account.balance != sum(effect.amount for effect in effects if effect.key == key):
                 yield f"{consumer}: the balance of {key} is {account.balance}, its effects make another one"
-            due = [read.item for read in snapshot.due(consumer) if read.key == key]
-            if name == consumer and list(account.items) != due[: len(account.items)]:
+            first = [read.item for read in due.get(key, ())][: len(account.items)]
+            if list(account.items) != first:
                 yield f"{consumer}: key {key} has {account.items[-3:]} in the end, which is not how its topic begins"
 
 
