@@ -42,6 +42,10 @@ LAYERS: dict[str, tuple[str, ...]] = {
 """What looks for them, by name: cheap layers first, where a mutant names several."""
 
 
+Change = tuple[str, str, str]
+"""A file, what stands there once, and what is put into its place."""
+
+
 @dataclass(frozen=True, slots=True)
 class Mutant:
     """A protection taken out."""
@@ -49,23 +53,13 @@ class Mutant:
     name: str
     what: str
     """What goes wrong without it."""
-    path: str
-    before: str
-    after: str
     layers: tuple[str, ...]
-    also: tuple[Change, ...] = ()
-    """What stands behind it and would make good for it: taken out too."""
-
-    @property
-    def changes(self) -> tuple[Change, ...]:
-        return ((self.path, self.before, self.after), *self.also)
+    changes: tuple[Change, ...]
+    """What stands behind it and would make good for it is taken out too."""
 
     @property
     def paths(self) -> set[str]:
         return {path for path, _, _ in self.changes}
-
-
-Change = tuple[str, str, str]
 
 
 def bug(
@@ -74,7 +68,7 @@ def bug(
     """A bug in a file of our package; `before` stands there once. layers: who looks for it, the cheap ones first."""
     unknown = set(layers) - LAYERS.keys()
     assert not unknown, unknown
-    return Mutant(name, what, f"eoframework/{path}", before, after, layers, also)
+    return Mutant(name, what, layers, ((f"eoframework/{path}", before, after), *also))
 
 
 OWN = "with connection.engine.begin() as own:"
