@@ -124,15 +124,16 @@ def _is_canonical(text: str) -> bool:
 
 def traceparent_of(headers: Headers) -> bytes | None:
     """The trace context a message came with; a malformed one is as good as none. Source: W3C Trace Context, 3.2."""
-    # Where we write it, then as everybody writes it: all headers of every message pass here.
+    # First where we write it: all headers of every message pass here.
     if len(headers) > _OURS:
         name, value = headers[_OURS]
-        if name == TRACEPARENT and value is not None and _IS_TRACE(value):
+        if name == TRACEPARENT and _IS_TRACE(value or b""):
             return value
+    in_another_case = None
     for name, value in headers:
-        if name == TRACEPARENT and value is not None and _IS_TRACE(value):
-            return value
-    for name, value in headers:
-        if len(name) == _LENGTH and name.lower() == TRACEPARENT and value is not None and _IS_TRACE(value):
-            return value
-    return None
+        if len(name) == _LENGTH and _IS_TRACE(value or b""):
+            if name == TRACEPARENT:
+                return value
+            if in_another_case is None and name.lower() == TRACEPARENT:
+                in_another_case = value
+    return in_another_case
