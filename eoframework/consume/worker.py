@@ -135,10 +135,7 @@ class ConsumeWorker:
         waits = any(not isinstance(self._blocked[p].error, ParkingFull) for p in self._retry_at if p in self._blocked)
         if self._consumer is None or self._ownership.waiting or self._drain.busy or waits:
             return False
-        claimed = set(self._ownership.claims)
-        running = claimed - set(self._blocked)
-        done = bool(claimed) and self._consumer.read_to_the_end(running, self._admin.watermarks)
-        return done and self._rest.is_done(claimed)
+        return self._rest.is_all_read(self._consumer, self._ownership.claims, but=self._blocked)
 
     def close(self) -> None:
         """Release the partitions, commit the group's offsets, leave the group."""

@@ -7,11 +7,12 @@ session ends. A run that took its own share for everything would end with the ot
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from eoframework import clock
 from eoframework.errors import NotFound, Retryable
 from eoframework.kafka.admin import Admin
+from eoframework.kafka.consumer import GroupConsumer
 from eoframework.kafka.ranges import RangeReader
 from eoframework.settings import Settings
 
@@ -32,11 +33,16 @@ class Rest:
         self._left: dict[int, int] = {}
         self._since = clock.monotonic()
 
-    def is_done(self, ours: set[int]) -> bool:
-        """Whether all of it but `ours` is read to its end, or whoever has it does not go on for a minute.
+    def is_all_read(self, consumer: GroupConsumer, ours: Collection[int], *, but: Collection[int]) -> bool:
+        """Whether `ours` are read to their ends, `but` for those that stand still, and so is what others have.
 
-        Asked more often than twice a second it says no.
+        Or whoever has that does not go on for a minute. Asked more often than twice a second it says no.
         """
+        running = set(ours).difference(but)
+        done = bool(ours) and consumer.read_to_the_end(running, self._admin.watermarks)
+        return done and self._others_are_done(set(ours))
+
+    def _others_are_done(self, ours: set[int]) -> bool:
         now = clock.monotonic()
         if now < self._ask_at:
             return False

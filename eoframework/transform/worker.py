@@ -127,9 +127,7 @@ class TransformWorker:
         """Everything has been read to its end, and nothing waits."""
         if self._consumer is None or self._waiting or self._retry_at:
             return False
-        running = self._stands.keys() - self._blocked.keys()
-        done = bool(self._stands) and self._consumer.read_to_the_end(running, self._admin.watermarks)
-        return done and self._rest.is_done(set(self._stands))
+        return self._rest.is_all_read(self._consumer, self._stands, but=self._blocked)
 
     def close(self) -> None:
         """Leave the group and end the producer; nothing is in flight."""
