@@ -10,13 +10,15 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from confluent_kafka import Consumer, KafkaError, Message, Producer, TopicPartition
 
 from eoframework.settings import Settings
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+Value = TypeVar("Value")
 
 
 class Eo:
@@ -96,6 +98,18 @@ def eventually(condition: Callable[[], Any], what: str, *, seconds: float = 90, 
         time.sleep(0.05)
     tail = f"\n{log.read_text(errors='replace')[-6000:]}" if log is not None and log.exists() else ""
     raise AssertionError(f"not within {seconds} s: {what}{tail}")
+
+
+def patiently(attempt: Callable[[], Value], *, trouble: type[Exception], seconds: float) -> Value:
+    """What the attempt returns; with this trouble it is made again, until the deadline: then the trouble is raised."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return attempt()
+        except trouble:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.1)
 
 
 Sending = tuple[bytes | None, bytes | None] | tuple[bytes | None, bytes | None, list[tuple[str, bytes]]]

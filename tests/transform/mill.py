@@ -16,6 +16,7 @@ from eoframework.kafka.admin import Admin
 from eoframework.settings import Settings
 from eoframework.transform.mark import Mark
 from eoframework.transform.worker import TransformWorker
+from tests.processes import patiently
 
 NEVER = 3600.0
 """A pause that no test waits for."""
@@ -64,7 +65,8 @@ class Mill:
         worker = TransformWorker(
             self.app.transforms[0], app=self.app, settings=settings, admin=self.admin, stop=threading.Event()
         )
-        _started(worker)
+        # As `lifecycle.run` does it: a broker that has just been started still loads its coordinators.
+        patiently(worker.start, trouble=Retryable, seconds=30)
         self.worker = worker
         return worker
 
@@ -145,15 +147,3 @@ def _ends(config: dict[str, Any], topic: str) -> dict[int, int]:
     finally:
         consumer.close()
     return {partition: at[1] for partition, at in ends.items() if at is not None and at[1] > at[0]}
-
-
-def _started(worker: TransformWorker) -> None:
-    """As `lifecycle.run` does it: a broker that has just been started still loads its coordinators."""
-    deadline = clock.monotonic() + 30
-    while True:
-        try:
-            return worker.start()
-        except Retryable:
-            if clock.monotonic() > deadline:
-                raise
-        clock.sleep(0.1)

@@ -14,13 +14,12 @@ from confluent_kafka import Consumer, IsolationLevel, KafkaException, TopicParti
 from confluent_kafka.admin import AdminClient, ConsumerGroupDescription, NewTopic, OffsetSpec
 from pydantic import BaseModel
 
-from eoframework import clock
 from eoframework.settings import Settings
 from tests.apps.chain import Item, Part, crumbs_of, parts_of
 from tests.conftest import Addresses, database_named, make_settings
 from tests.console_reader import console_read
 from tests.consume.nursery import Forked, Nursery
-from tests.processes import eventually, produce, read_topic, settings_environment
+from tests.processes import eventually, patiently, produce, read_topic, settings_environment
 
 KEYS = 5
 STAGES = ("fan", "pair")
@@ -129,7 +128,7 @@ class Scene:
             answers = admin_client(self.servers).list_offsets(asked, isolation_level=level, request_timeout=10)
             return {where.partition: answer.result().offset for where, answer in answers.items()}
 
-        return _patiently(ask)
+        return _answered(ask)
 
     def no_transaction_open(self, topic: str) -> None:
         """Wait for it: a commit is confirmed a moment before each partition has its marker."""
@@ -176,14 +175,7 @@ class Scene:
         So all outputs of an input are there, or none, in whatever partitions they are.
         """
         # A commit that was under way at a kill is visible in one partition a moment before the other.
-        deadline = clock.monotonic() + _SETTLING
-        while True:
-            try:
-                return self._check_now()
-            except AssertionError:
-                if clock.monotonic() > deadline:
-                    raise
-            clock.sleep(0.1)
+        patiently(self._check_now, trouble=AssertionError, seconds=_SETTLING)
 
     def _check_now(self) -> None:
         fan, pair = self.committed("fan"), self.committed("pair")
@@ -250,19 +242,12 @@ def offsets_reader(servers: str, group: str) -> Consumer:
 
 def committed(reader: Consumer, asked: list[TopicPartition]) -> dict[int, int]:
     """The group's offsets by partition, 0 where there is none."""
-    return _patiently(lambda: {at.partition: max(at.offset, 0) for at in reader.committed(asked, timeout=10)})
+    return _answered(lambda: {at.partition: max(at.offset, 0) for at in reader.committed(asked, timeout=10)})
 
 
-def _patiently(ask: Callable[[], dict[int, int]]) -> dict[int, int]:
+def _answered(ask: Callable[[], dict[int, int]]) -> dict[int, int]:
     # A broker that has just started, or was too busy to say that it lives, leads nothing for a moment.
-    deadline = clock.monotonic() + _PATIENCE
-    while True:
-        try:
-            return ask()
-        except KafkaException:
-            if clock.monotonic() > deadline:
-                raise
-        clock.sleep(0.1)
+    return patiently(ask, trouble=KafkaException, seconds=_PATIENCE)
 
 
 @cache
