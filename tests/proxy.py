@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Literal
 
+from tests.listener import hang_up
+
 Moment = Literal["before", "after"]
 
 COMMIT = b"COMMIT\0"
@@ -34,9 +36,9 @@ class Proxy:
             self._armed = moment
 
     def close(self) -> None:
-        _hang_up(self._listener)  # a close alone would let a waiting accept go on
+        hang_up(self._listener)  # a close alone would let a waiting accept go on
         for one in self._sockets:
-            _hang_up(one)
+            hang_up(one)
 
     def _accept(self) -> None:
         while True:
@@ -45,7 +47,7 @@ class Proxy:
             except OSError:
                 return None  # closed
             if self._listener.fileno() < 0:
-                return _hang_up(client)
+                return hang_up(client)
             server = socket.create_connection(self._server)
             self._sockets += (client, server)
             answered = threading.Event()
@@ -64,8 +66,8 @@ class Proxy:
                 if not listening and cut.is_set():
                     break  # the answer is here: the server has done it
                 target.sendall(data)
-        _hang_up(source)
-        _hang_up(target)
+        hang_up(source)
+        hang_up(target)
 
     def _triggered(self, data: bytes) -> Moment | None:
         with self._lock:
@@ -77,12 +79,6 @@ class Proxy:
 
     def _spawn(self, run: Callable[[], None]) -> None:
         threading.Thread(target=run, daemon=True).start()
-
-
-def _hang_up(one: socket.socket) -> None:
-    with suppress(OSError):  # the other direction was first
-        one.shutdown(socket.SHUT_RDWR)
-    one.close()
 
 
 @contextmanager

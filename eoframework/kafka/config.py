@@ -205,3 +205,10 @@ def _socket_timeout(config: dict[str, Any]) -> int:
 
 def _ms(seconds: float) -> int:
     return int(seconds * 1000)
+
+
+def is_incremental(config: dict[str, Any]) -> bool:
+    """Whether a consumer of this configuration is given and loses partitions one by one, and not all of them anew."""
+    if config.get("group.protocol") == "consumer":
+        return True
+    return "cooperative" in str(config.get("partition.assignment.strategy", ""))

@@ -11,11 +11,12 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from confluent_kafka import OFFSET_END, OFFSET_INVALID, Consumer, KafkaError, KafkaException, TopicPartition
+from confluent_kafka import OFFSET_BEGINNING, OFFSET_INVALID, Consumer, KafkaError, KafkaException, TopicPartition
 from confluent_kafka import Message as ClientMessage
 
 from eoframework import clock, events
 from eoframework.errors import ConfigurationError, EoError, RestartNeeded, Retryable
+from eoframework.kafka.config import is_incremental
 from eoframework.kafka.faults import classify, kafka_error
 from eoframework.kafka.membership import Membership
 from eoframework.kafka.offsets import offset_mark, offset_out_of_range
@@ -59,7 +60,7 @@ class GroupConsumer:
         self._group = str(config["group.id"])
         self._on_assigned = on_assigned
         self._on_revoked = on_revoked
-        self._incremental = _is_incremental(config)
+        self._incremental = is_incremental(config)
         self._handed: dict[int, int] = {}
         """Where we stand: the offset after the last record handed out, or where the partition was started."""
         self._client_at: dict[int, int] = {}
@@ -118,6 +119,7 @@ class GroupConsumer:
 
     def _ours(self, messages: list[ClientMessage]) -> list[Fetched]:
         records: list[Fetched] = []
+        behind: set[int] = set()
         handed, ended = self._handed, self.ended
         for message in messages:
             if (error := message.error()) is not None:
@@ -125,12 +127,17 @@ class GroupConsumer:
                 continue
             partition, offset = message.partition() or 0, message.offset() or 0
             stands = handed.get(partition)
-            # One from behind where we stand (a leftover from before a rewind) would move the position back.
-            if stands is not None and offset >= stands:
-                handed[partition] = offset + 1
-                if ended:
-                    ended.pop(partition, None)
-                records.append(Fetched(partition, offset, message))
+            if stands is None:
+                continue
+            if offset < stands:  # it would move the position back: a leftover, or where the partition waited (`_start`)
+                behind.add(partition)
+                continue
+            handed[partition] = offset + 1
+            if ended:
+                ended.pop(partition, None)
+            records.append(Fetched(partition, offset, message))
+        if behind:
+            self.rewind({partition: handed[partition] for partition in behind})
         return records
 
     def _refuse_lost_log(self, messages: list[ClientMessage]) -> None:
@@ -387,11 +394,7 @@ class GroupConsumer:
 
 
 def _start(offset: int | None) -> int:
-    # A partition that waits for its claim starts paused at the end: nothing of it is handed out before `start`.
-    return OFFSET_END if offset is None else offset
-
-
-def _is_incremental(config: dict[str, Any]) -> bool:
-    if config.get("group.protocol") == "consumer":
-        return True
-    return "cooperative" in str(config.get("partition.assignment.strategy", ""))
+    # One that waits for its claim is paused, but may be fetched from before that: at an offset that the log has, then.
+    # The client asks the broker which. An answer that comes after `start` makes it ask again and go there from wherever
+    # it is by then: from the beginning, `_ours` takes it back; from the end, it had skipped what lies between.
+    return OFFSET_BEGINNING if offset is None else offset

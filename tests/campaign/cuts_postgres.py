@@ -8,7 +8,8 @@ import threading
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from tests.campaign.cuts_fates import Fates, Listener, Moment, hang_up
+from tests.campaign.cuts_fates import Fates
+from tests.listener import Listener, Moment, hang_up
 
 PUBLISH = "a web application's publish"
 _OWN = {

@@ -35,7 +35,7 @@ from eoframework.schema import Schema
 from eoframework.settings import Settings
 from eoframework.transform.worker import TransformWorker
 from tests.campaign.cuts_fates import Call, Fates, Moment, Tally
-from tests.campaign.cuts_kafka import KafkaProxy
+from tests.campaign.cuts_kafka import CuttingProxy
 from tests.campaign.cuts_postgres import PUBLISH, PostgresProxy
 from tests.campaign.cuts_without import without
 from tests.conftest import Addresses, database_named, make_settings, mint_outbox
@@ -172,22 +172,22 @@ class Round:
 
     # --- the stage ---
 
-    def _proxies(self, stack: ExitStack, url: str) -> tuple[PostgresProxy, KafkaProxy]:
+    def _proxies(self, stack: ExitStack, url: str) -> tuple[PostgresProxy, CuttingProxy]:
         server = make_url(url)
         host, _, port = self._addresses.bootstrap_servers.rpartition(":")
         postgres, kafka = (
             PostgresProxy((server.host or "127.0.0.1", server.port or 5432)),
-            KafkaProxy((host, int(port))),
+            CuttingProxy((host, int(port))),
         )
         stack.callback(kafka.close)
         stack.callback(postgres.close)
         return postgres, kafka
 
-    def _settings(self, url: str, postgres: PostgresProxy, kafka: KafkaProxy) -> Settings:
+    def _settings(self, url: str, postgres: PostgresProxy, kafka: CuttingProxy) -> Settings:
         through = make_url(url).set(host="127.0.0.1", port=postgres.port).render_as_string(hide_password=False)
         return make_settings(through, kafka.address, **_QUICK)
 
-    def _world(self, stack: ExitStack, url: str, postgres: PostgresProxy, kafka: KafkaProxy) -> World:
+    def _world(self, stack: ExitStack, url: str, postgres: PostgresProxy, kafka: CuttingProxy) -> World:
         settings = self._settings(url, postgres, kafka)
         engine = create_engine(url)
         stack.callback(engine.dispose)
