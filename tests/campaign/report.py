@@ -33,9 +33,9 @@ def render(directory: Path = report_file.DIRECTORY) -> str:
 def statement(layer: Mapping[str, Any]) -> str:
     """What the layer's numbers say, and no more."""
     violations, (faults, what) = len(layer.get("violations", ())), _faults(layer)
-    if not faults:
-        return f"{violations} violations"
-    return report_file.statement(violations, faults, f"injected {what}")
+    said = report_file.statement(violations, faults, f"injected {what}") if faults else f"{violations} violations"
+    mended = len(layer.get("mended", ()))
+    return f"{said}; {mended} found before, mended since" if mended else said
 
 
 def _faults(layer: Mapping[str, Any]) -> tuple[int, str]:
@@ -66,6 +66,8 @@ def _facts(layer: Mapping[str, Any]) -> Iterator[str]:
         yield ", ".join(f"{name.replace('_', ' ')}: {value:,}" for name, value in plain.items()) + "."
     for violation in layer.get("violations", ()):
         yield f"- **violation**: {violation}"
+    for found in layer.get("mended", ()):
+        yield f"- found in run {found['run']}, mended by `{found['mended_by']}`: {found['invariant']} {found['what']}"
 
 
 def _counts(layer: Mapping[str, Any]) -> Iterator[str]:
