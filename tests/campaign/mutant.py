@@ -14,6 +14,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     ),
     "guards": ("tests/consume/test_guards.py",),
     "fetching": ("tests/consume/test_loss_guard.py",),
+    "late answers": ("tests/consume/test_late_offsets.py",),
     "crash points, forked": (
         "tests/campaign/test_forked.py::test_a_crash_at_any_boundary_and_one_in_its_recovery_change_nothing",
     ),

@@ -142,6 +142,14 @@ CONSUMING = (
         "fetching",
     ),
     bug(
+        "waiting at the log's end",
+        "a late answer to where that is moves a partition started meanwhile: what lies between is skipped",
+        "kafka/consumer.py",
+        "    return OFFSET_BEGINNING if offset is None else offset\n",
+        "    return -1 if offset is None else offset\n",
+        "late answers",
+    ),
+    bug(
         "a lost offset guessed",
         "a consumer whose positions are gone begins anew, and books everything again",
         "kafka/config.py",
