@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import pytest
 
-from eoframework import ConfigurationError, EncodeError, Fenced, Producer, Topic
+from eoframework import ConfigurationError, EncodeError, Fenced, KafkaTransaction, Producer, Topic
 from eoframework.errors import Permanent
 from eoframework.settings import Settings, environment
 from tests.processes import eventually
@@ -118,11 +118,15 @@ def test_a_delivery_error_swallowed_in_the_block(producer: Producer, make_orders
     def block() -> None:
         with producer.transaction() as t:
             t.send(narrow, Order(number=0, text=noise(10_000)))
-            for n in range(1, MORE_THAN_ARE_HELD):
-                try:
-                    t.send(narrow, Order(number=n, text=noise(900)))
-                except EncodeError as error:
-                    caught.append(error)
+            eventually(lambda: refused_meanwhile(t), "the broker's refusal is heard", seconds=60)
+
+    def refused_meanwhile(t: KafkaTransaction) -> bool:
+        for n in range(1, 200):
+            try:
+                t.send(narrow, Order(number=n, text=noise(900)))
+            except EncodeError as error:
+                caught.append(error)
+        return bool(caught)
 
     with pytest.raises(EncodeError, match="readers see nothing of it"):
         block()
