@@ -2,7 +2,7 @@
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 # How many processes test side by side: most tests wait for Kafka, so more than there are processors.
-WORKERS ?= 4
+WORKERS ?= 6
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready

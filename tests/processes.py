@@ -151,6 +151,8 @@ def read_topic(bootstrap_servers: str, topic: str, *, isolation: str = "read_com
             "enable.auto.commit": False,
             "auto.offset.reset": "earliest",
             "enable.partition.eof": True,
+            # That a partition ends is said with an answer that has nothing in it, and those are waited for one by one.
+            "fetch.wait.max.ms": 10,
         }
     )
     try:

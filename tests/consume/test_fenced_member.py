@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
+from eoframework import clock
 from tests.conftest import Addresses
 from tests.consume.nursery import Nursery
 from tests.consume.scene import open_scene
 from tests.processes import eventually
 
+SESSION = 6
 STATIC = {
     "EO_GROUP_PROTOCOL": "classic",
     "EO_KAFKA_GROUP_INSTANCE_ID": "one",
-    "EO_KAFKA_SESSION_TIMEOUT_MS": "6000",
+    "EO_KAFKA_SESSION_TIMEOUT_MS": f"{SESSION * 1000}",
     "EO_KAFKA_HEARTBEAT_INTERVAL_MS": "500",
 }
-# A session as long as the pause between two heartbeats: it runs out by itself.
-TOO_SHORT = {**STATIC, "EO_KAFKA_SESSION_TIMEOUT_MS": "3000", "EO_KAFKA_HEARTBEAT_INTERVAL_MS": "3000"}
 RESTART = 75
 
 
@@ -35,12 +36,25 @@ def test_a_member_that_was_fenced_ends(services: Addresses, template: str, tmp_p
         eventually(lambda: scene.count_booked() == 40, "40 booked", log=another.log)
 
 
-def test_a_member_that_was_fenced_after_its_session_ends(services: Addresses, template: str, tmp_path: Path) -> None:
-    """Its name is still the group's when it comes back. Seen to fail without `_ends_with` in `_refuse_lost_log`:
-    the client says so in the very poll in which it gives its partitions up.
+def test_of_two_with_one_name_one_ends(services: Addresses, template: str, tmp_path: Path) -> None:
+    """One was frozen for longer than its session. When it wakes up, it is fenced or takes the name back: which, the
+    client decides. Seen to fail (neither ended, in four of four runs) without `_ends_with` in `_refuse_lost_log`: the
+    client says so in the very poll in which it gives its partitions up.
     """
     with Nursery() as nursery, open_scene(services, template, nursery, tmp_path) as scene:
         scene.send(20)
-        worker = scene.spawn(**TOO_SHORT)
-        assert worker.wait(60) == RESTART, worker.output()
-        assert "fenced" in worker.output()
+        sleeper = scene.spawn(**STATIC)
+        eventually(lambda: scene.count_booked() == 20, "20 booked", log=sleeper.log)
+        sleeper.signal(signal.SIGSTOP)
+        wakes_up = clock.monotonic() + 2 * SESSION
+        another = scene.spawn(**STATIC)
+        scene.send(20)
+        eventually(lambda: scene.count_booked() == 40, "40 booked", log=another.log)
+        eventually(lambda: clock.monotonic() > wakes_up, "its session is over")
+        sleeper.signal(signal.SIGCONT)
+        fenced = eventually(
+            lambda: [one for one in (sleeper, another) if "Static consumer fenced" in one.output()], "one is fenced"
+        )
+        assert [one.wait(25) for one in fenced] == [RESTART], fenced[0].output()
+        scene.send(20)
+        eventually(lambda: scene.count_booked() == 60, "60 booked")
