@@ -213,7 +213,7 @@ class TransactionalProducer:
         # A call that does not come back, or goes on inside the client: closing it would wait for the one, and try to
         # abort against the other, in vain and with a warning of the client's own. Of what it may still send the next
         # one's epoch is the fence.
-        goes_on = isinstance(error, NoReturn) or kafka_error(error).code() == KafkaError._TIMED_OUT
+        goes_on = isinstance(error, NoReturn) or kafka_error(error).retriable()
         producer.broken = producer.broken or goes_on
 
     def _initialise(self, producer: BatchProducer) -> None:
