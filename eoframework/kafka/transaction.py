@@ -210,11 +210,9 @@ class TransactionalProducer:
         return producer.call_failed(error, f"{what} as {self._name}")
 
     def _leave_alone(self, producer: BatchProducer, error: KafkaException) -> None:
-        # A call that does not come back, or goes on inside the client: closing it would wait for the one, and try to
-        # abort against the other, in vain and with a warning of the client's own. Of what it may still send the next
-        # one's epoch is the fence.
-        goes_on = isinstance(error, NoReturn) or kafka_error(error).retriable()
-        producer.broken = producer.broken or goes_on
+        # Closing it would wait for the call that does not come back. Of what it may still send the next one's epoch is
+        # the fence.
+        producer.broken = producer.broken or isinstance(error, NoReturn)
 
     def _initialise(self, producer: BatchProducer) -> None:
         deadline = clock.monotonic() + _CALL_TIMEOUT
@@ -241,7 +239,6 @@ class TransactionalProducer:
                 "brokers' transaction.max.timeout.ms.",
             ) from error
         if not fault.retriable() or late or self._stopping():
-            self._leave_alone(producer, error)
             found = producer.call_failed(error, f"starting the producer {self._name}")
             if isinstance(found, RestartNeeded) or fault.retriable():
                 trouble = f" ({producer.trouble})" if producer.trouble else ""
