@@ -94,7 +94,7 @@ def test_broker_killed_and_restarted(
 def test_broker_frozen_for_longer_than_a_message_may_take(
     own: Own, settings: Settings, make_producer: MakeProducer, orders: OrderTopic
 ) -> None:
-    """Some of it reaches the broker, which answers too late: unknown, not failed and not sent.
+    """What reaches the broker it may write when it goes on, and answers too late: unknown, not failed and not sent.
 
     Seen to fail (a message that is in the log is said not to be) with Retryable for OutcomeUnknown in
     `kafka/delivery.py`.
@@ -117,9 +117,6 @@ def test_broker_frozen_for_longer_than_a_message_may_take(
     found = {(place.partition, place.offset): place.id for place in places}
     assert [found[one.partition, one.offset] for one in sent] == [str(one.id) for one in sent]
     assert len(set(found.values())) == len(found)
-    # Why it must not be called a failure. What the broker had taken in before it stood still it may write last.
-    doubtful = {str(error.ids[0]) for error in unknown}
-    eventually(lambda: doubtful & {place.id for place in read(settings, orders)}, "one of them is in the log")
 
 
 def test_not_authorised(own: Own, settings: Settings, make_producer: MakeProducer, orders: OrderTopic) -> None:
