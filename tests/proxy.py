@@ -4,81 +4,67 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Literal
 
-from tests.listener import hang_up
+from tests.listener import Listener
 
 Moment = Literal["before", "after"]
+"""When a connection is cut: before the server has seen the trigger, or when it has answered it."""
 
 COMMIT = b"COMMIT\0"
 """How a COMMIT ends in PostgreSQL's simple and extended query messages alike."""
 
 
-class Proxy:
+class Proxy(Listener):
     """Forwards every connection to one server; armed, it cuts the next connection whose client says `trigger`."""
 
     def __init__(self, host: str, port: int, *, trigger: bytes = COMMIT) -> None:
         self._server = (host, port)
         self._trigger = trigger
         self._armed: Moment | None = None
-        self._lock = threading.Lock()
-        self._sockets: list[socket.socket] = []
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port: int = self._listener.getsockname()[1]
+        self._arming = threading.Lock()
         self.cuts = 0
-        self._spawn(self._accept)
+        super().__init__()
 
     def arm(self, moment: Moment) -> None:
-        """Cut at the next trigger: "before" the server has seen it, or "after" it has answered; only once."""
-        with self._lock:
+        """Cut at the next trigger; only once."""
+        with self._arming:
             self._armed = moment
 
-    def close(self) -> None:
-        hang_up(self._listener)  # a close alone would let a waiting accept go on
-        for one in self._sockets:
-            hang_up(one)
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                client, _ = self._listener.accept()
-            except OSError:
-                return None  # closed
-            if self._listener.fileno() < 0:
-                return hang_up(client)
-            server = socket.create_connection(self._server)
-            self._sockets += (client, server)
-            answered = threading.Event()
-            self._spawn(lambda c=client, s=server, a=answered: self._forward(c, s, a, listening=True))
-            self._spawn(lambda c=client, s=server, a=answered: self._forward(s, c, a, listening=False))
-
-    def _forward(self, source: socket.socket, target: socket.socket, cut: threading.Event, *, listening: bool) -> None:
-        """Copy until either side hangs up. `cut` is set once nothing may reach the client any more."""
-        with suppress(OSError):
-            while data := source.recv(65536):
-                moment = self._triggered(data) if listening else None
+    def serve(self, client: socket.socket) -> None:
+        try:
+            server = self.connected(client, self._server)
+        except OSError:
+            client.close()
+            return
+        cut = threading.Event()
+        threading.Thread(target=self._answers, args=(client, server, cut), daemon=True).start()
+        with suppress(OSError):  # either side has hung up
+            while data := client.recv(65536):
+                moment = self._triggered(data)
                 if moment == "before":
                     break
                 if moment == "after":
                     cut.set()
-                if not listening and cut.is_set():
-                    break  # the answer is here: the server has done it
-                target.sendall(data)
-        hang_up(source)
-        hang_up(target)
+                server.sendall(data)
+        self.gone(client, server)
+
+    def _answers(self, client: socket.socket, server: socket.socket, cut: threading.Event) -> None:
+        """Passes on what the server says, until `cut` is set: then its next answer, which shows that it has done it."""
+        with suppress(OSError):  # either side has hung up
+            while (data := server.recv(65536)) and not cut.is_set():
+                client.sendall(data)
+        self.gone(client, server)
 
     def _triggered(self, data: bytes) -> Moment | None:
-        with self._lock:
+        with self._arming:
             if self._armed is None or self._trigger not in data:
                 return None
             moment, self._armed = self._armed, None
             self.cuts += 1
             return moment
-
-    def _spawn(self, run: Callable[[], None]) -> None:
-        threading.Thread(target=run, daemon=True).start()
 
 
 @contextmanager

@@ -62,6 +62,13 @@ def consumer_config(settings: Settings, *, group: str, client_id: str) -> dict[s
     }
 
 
+def is_incremental(config: dict[str, Any]) -> bool:
+    """Whether a consumer of this configuration is given and loses partitions one by one, and not all of them anew."""
+    if config.get("group.protocol") == "consumer":
+        return True
+    return "cooperative" in str(config.get("partition.assignment.strategy", ""))
+
+
 def producer_config(settings: Settings, *, client_id: str) -> dict[str, Any]:
     """An idempotent producer: its own retries neither double nor reorder records."""
     config = {"linger.ms": 5} | _base(settings, client_id, kafka_keys.PRODUCER)
@@ -205,10 +212,3 @@ def _socket_timeout(config: dict[str, Any]) -> int:
 
 def _ms(seconds: float) -> int:
     return int(seconds * 1000)
-
-
-def is_incremental(config: dict[str, Any]) -> bool:
-    """Whether a consumer of this configuration is given and loses partitions one by one, and not all of them anew."""
-    if config.get("group.protocol") == "consumer":
-        return True
-    return "cooperative" in str(config.get("partition.assignment.strategy", ""))

@@ -38,9 +38,9 @@ class Rest:
 
         Or whoever has that does not go on for a minute. Asked more often than twice a second it says no.
         """
-        running = set(ours).difference(but)
-        done = bool(ours) and consumer.read_to_the_end(running, self._admin.watermarks)
-        return done and self._others_are_done(set(ours))
+        mine = set(ours)
+        done = bool(mine) and consumer.read_to_the_end(mine.difference(but), self._admin.watermarks)
+        return done and self._others_are_done(mine)
 
     def _others_are_done(self, ours: set[int]) -> bool:
         now = clock.monotonic()

@@ -72,8 +72,6 @@ def broker(settings: Settings) -> Iterator[SlowToList]:
 def member(settings: Settings, topic: str, change: dict[str, Any]) -> GroupConsumer:
     """A member that is to wait with whatever it is given."""
     config = consumer_config(settings, group=f"late-{uuid.uuid4().hex[:8]}", client_id="late")
-    if change["group.protocol"] == "consumer":
-        config.pop("partition.assignment.strategy", None)
     small = {"max.partition.fetch.bytes": 500, "queued.min.messages": 10, "fetch.queue.backoff.ms": 10}
     return GroupConsumer(config | small | change, topic, on_assigned=dict.fromkeys, on_revoked=lambda _: None)
 

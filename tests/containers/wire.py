@@ -33,6 +33,7 @@ def committed(bootstrap_servers: str, topic: str) -> list[bytes | None]:
             "bootstrap.servers": bootstrap_servers,
             "group.id": "reader",
             "enable.partition.eof": True,
+            "fetch.wait.max.ms": 10,
             "enable.auto.commit": False,
         }
     )

@@ -278,6 +278,7 @@ def raw_records(settings: Settings, topic: str) -> Iterable[Message]:
             "isolation.level": "read_committed",
             "enable.auto.commit": False,
             "enable.partition.eof": True,
+            "fetch.wait.max.ms": 10,
             "auto.offset.reset": "error",
         }
     )
