@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +25,8 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 def engine() -> Iterator[Engine]:
     """A Docker API with all images; what it lacks ends the run at once, with the command that installs it."""
     patch = pytest.MonkeyPatch()
+    # A time limit from outside must not leave an engine running.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with running() as found:
             build_images.build(found)

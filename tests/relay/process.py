@@ -67,7 +67,7 @@ class Conduct:
 def abort_and_keep(producer: transaction.TransactionalProducer) -> None:
     # Nothing may be in flight: librdkafka would otherwise raise the epoch by itself, which is a protection too.
     client = producer._ready().client
-    client.flush(5)
+    client.flush(30)
     client.abort_transaction(10)
 
 
