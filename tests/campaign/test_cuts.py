@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from pathlib import Path
 
@@ -33,6 +34,14 @@ class Live:
         plan = Plan(seed, messages=messages, without=without, longest=30, shares=drawn)
         return run_round(self._services, self._template, plan, self.directory)
 
+    def until(self, sign: str, seed: str, *, messages: int, without: str, **shares: float) -> Result:
+        """The first of a few rounds in which something violated matches: what a cut hits depends on the moment."""
+        for number in range(5):
+            result = self(f"{seed}{number}", messages=messages, without=without, **shares)
+            if any(re.search(sign, text) for text in result.violations):
+                return result
+        raise AssertionError(f"without {without} nothing is seen: {result.violations}")
+
 
 @pytest.fixture
 def live(services: Addresses, template: str, tmp_path: Path) -> Live:
@@ -52,16 +61,15 @@ def test_nothing_is_lost_or_doubled_by_cuts(live: Live) -> None:
 
 def test_without_asking_the_position(live: Live) -> None:
     """A batch whose COMMIT had happened is booked again: by row, by sum, and with what it published."""
-    found = "\n".join(live("1:1", messages=16, without="position", COMMIT=0.8).violations)
-    assert "entries: " in found
+    result = live.until("^entries: ", "1:1", messages=16, without="position", COMMIT=0.8)
+    found = "\n".join(result.violations)
     assert "doubled" in found
     assert "account " in found
 
 
 def test_without_the_checkpoint(live: Live) -> None:
     """Rows that Kafka has, and whose delete was cut before the server saw it, are published again."""
-    result = live("1:2", messages=12, without="checkpoint", COMMIT=0.8)
-    assert any(text.startswith(("visits: ", "bookings: ")) and " doubled" in text for text in result.violations)
+    result = live.until("^(visits|bookings): .* doubled", "1:2", messages=12, without="checkpoint", COMMIT=0.8)
     assert Path(result.log).exists(), "what was found is to be looked at"
 
 

@@ -130,12 +130,15 @@ def test_late_abort_without_the_rule(own: Own, rig: Rig) -> None:
 
     was produced so far, the checkpoint opens a fresh transaction and is committed alone, and the rows are deleted.
     """
+    assert any(late_abort_loses_rows(own, rig) for _ in range(3)), "where the late one meets the batch is chance"
+
+
+def late_abort_loses_rows(own: Own, rig: Rig) -> bool:
     own.proxy.hold, own.proxy.delivered = "abort", 0
     messages = publish_to_one_shard(rig, 2000, large_at=1500)
     relay = rig.start("--keep-after-abort", once=True, relay_batch=2000)
     assert relay.wait() == 0, relay.log()
-    lost = {str(message.id) for message in messages} - {record.id for record in rig.read()}
-    assert lost, f"the late one was told {own.proxy.answers}; {relay.log()}"
+    return not {str(message.id) for message in messages} <= {record.id for record in rig.read()}
 
 
 def doubled(rig: Rig) -> int:
