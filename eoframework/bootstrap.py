@@ -22,7 +22,8 @@ from eoframework.db.grants import Purpose
 from eoframework.db.session import Database
 from eoframework.errors import ConfigurationError, EoError, NotFound
 from eoframework.handlers import Handler
-from eoframework.kafka.admin import Admin, UnknownTopic
+from eoframework.kafka.admin import Admin
+from eoframework.kafka.answers import UnknownTopic
 from eoframework.lifecycle import Worker
 from eoframework.prune import PruneWorker
 from eoframework.relay import RelayWorker

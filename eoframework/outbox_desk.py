@@ -31,7 +31,8 @@ from eoframework.db.outbox_stats import OutboxStats, ShardStats
 from eoframework.db.pending import MALFORMED
 from eoframework.db.session import Database
 from eoframework.errors import ConfigurationError, EoError, NotFound, Retryable, Unreachable
-from eoframework.kafka.admin import Admin, NotAuthorized, UnknownTopic
+from eoframework.kafka.admin import Admin
+from eoframework.kafka.answers import NotAuthorized, UnknownTopic
 from eoframework.outbox_refs import cursor_of, parse, place_of
 from eoframework.outbox_results import Discarded, OutboxCount, OutboxPage, OutboxRefusal, Retried
 from eoframework.patience import patiently

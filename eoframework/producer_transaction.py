@@ -25,7 +25,7 @@ from eoframework.errors import (
     RestartNeeded,
     Retryable,
 )
-from eoframework.kafka.admin import NotAuthorized, UnknownTopic
+from eoframework.kafka.answers import NotAuthorized, UnknownTopic
 from eoframework.kafka.config import sending_transaction_config
 from eoframework.kafka.destinations import Destination
 from eoframework.kafka.outcome import was_committed

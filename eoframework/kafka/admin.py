@@ -31,8 +31,9 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]  # its stubs d
 
 from eoframework import clock
 from eoframework.errors import ConfigurationError, EoError, Permanent, Retryable, Unreachable
+from eoframework.kafka.answers import FORBIDDEN, REFUSED_LOGIN, NotAuthorized, UnknownTopic, meaning
 from eoframework.kafka.config import admin_config, offset_reader_config
-from eoframework.kafka.faults import classify, kafka_error
+from eoframework.kafka.faults import kafka_error
 from eoframework.settings import Settings
 
 _log = logging.getLogger(__name__)
@@ -46,33 +47,7 @@ _GRACE = 1.0
 _OFFSETS_TIMEOUT = 3.0
 _SLICE = 0.1
 
-_UNKNOWN = frozenset({KafkaError._UNKNOWN_TOPIC, KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_PARTITION})
-_INVALID = frozenset(
-    {
-        KafkaError.INVALID_REPLICATION_FACTOR,
-        KafkaError.INVALID_PARTITIONS,
-        KafkaError.INVALID_CONFIG,
-        KafkaError.POLICY_VIOLATION,
-    }
-)
 _IN_USE = frozenset({KafkaError.NON_EMPTY_GROUP, KafkaError.UNKNOWN_MEMBER_ID, KafkaError.REBALANCE_IN_PROGRESS})
-_REFUSED_LOGIN = frozenset({KafkaError._AUTHENTICATION, KafkaError.SASL_AUTHENTICATION_FAILED})
-_FORBIDDEN = frozenset(
-    {
-        KafkaError.TOPIC_AUTHORIZATION_FAILED,
-        KafkaError.GROUP_AUTHORIZATION_FAILED,
-        KafkaError.CLUSTER_AUTHORIZATION_FAILED,
-        KafkaError.TRANSACTIONAL_ID_AUTHORIZATION_FAILED,
-    }
-)
-
-
-class UnknownTopic(ConfigurationError):
-    """The topic does not exist; a restart will not make it."""
-
-
-class NotAuthorized(ConfigurationError):
-    """Kafka refused the login, or the right to do this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,7 +227,7 @@ class Admin:
             # A refused group looks like a timeout here; why is told only to who polls.
             message = consumer.poll(_SLICE)
             told += [fault for fault in (message.error() if message else None,) if fault is not None]
-            cause = next((fault for fault in told if fault.code() in _FORBIDDEN), kafka_error(error))
+            cause = next((fault for fault in told if fault.code() in FORBIDDEN), kafka_error(error))
             raise self._classified(cause, f"reading the offsets of group {group}", topic) from error
         finally:
             consumer.close()
@@ -298,14 +273,29 @@ class Admin:
         return True
 
     def watermarks(self, topic: str, partition: int) -> tuple[int, int]:
-        """The first offset kept and the offset the next record gets. Raises UnknownTopic, NotAuthorized."""
+        """The first offset kept and the offset the next record gets. Raises UnknownTopic, NotAuthorized, Retryable."""
         spec: Any = OffsetSpec  # its stubs leave these untyped
         return self._offset(topic, partition, spec.earliest()), self._offset(topic, partition, spec.latest())
 
     def _offset(self, topic: str, partition: int, spec: Any) -> int:
-        where = TopicPartition(topic, partition)
-        future = self._client.list_offsets({where: spec}, request_timeout=_TIMEOUT)[where]
-        return int(self._result(future, f"reading the log ends of {topic}[{partition}]", topic=topic).offset)
+        try:
+            return self._ask_offset(topic, partition, spec)
+        except Retryable as trouble:
+            # The client asks the leader that it remembers, with the epoch that it remembers, until its metadata are
+            # old. Seen after each restart of a broker: for minutes FENCED_LEADER_EPOCH, so that no partition could be
+            # claimed. Not by the topic's name: where brokers create what is asked for, a deleted one would be back.
+            _log.debug("%s Asked again, of whoever leads by now.", trouble)
+            self._look_around()
+            return self._ask_offset(topic, partition, spec)
+
+    def _ask_offset(self, topic: str, partition: int, spec: Any) -> int:
+        where, what = TopicPartition(topic, partition), f"reading the log ends of {topic}[{partition}]"
+        future = self._client.list_offsets({where: spec}, request_timeout=_PROBE_TIMEOUT)[where]
+        offset = int(self._result(future, what, topic=topic, timeout=_PROBE_TIMEOUT).offset)
+        if offset < 0:
+            # Seen while a leader died: no error, and no offset. Taken for one, every position is outside the log.
+            raise Retryable(f"{what}: Kafka at {self._servers} does not know them now.")
+        return offset
 
     def _await_leaders(self, topic: str, partitions: int) -> None:
         # The controller confirms a topic before every broker knows it; whoever asked for it next saw it missing.
@@ -362,22 +352,11 @@ class Admin:
             _log.debug("Kafka at %s: %s; asked again with the next question.", self._servers, kafka_error(error).str())
 
     def _classified(self, error: KafkaError, what: str, topic: str | None) -> EoError:
-        if topic is not None and error.code() in _UNKNOWN:
-            return UnknownTopic(
-                f"Kafka at {self._servers} has no topic {topic!r}.", remedy="Run: eo topics apply MODULE:APP"
-            )
-        if error.code() in _FORBIDDEN or error.code() in _REFUSED_LOGIN:
-            return NotAuthorized(
-                f"{what}: Kafka at {self._servers} refuses: {error.str()}.",
-                remedy="Grant the right to this principal (kafka-acls), or use another one (EO_KAFKA_SASL_*).",
-            )
-        if error.code() in _INVALID:
-            return ConfigurationError(f"{what}: Kafka refuses: {error.str()}.", remedy="Correct Topic(...).")
-        return classify(error, what)
+        return meaning(error, what, topic=topic, servers=self._servers)
 
     def _on_error(self, error: KafkaError) -> None:
         # Only remembered: raised here, it would surface in whatever call is polling.
-        if error.code() in _REFUSED_LOGIN:
+        if error.code() in REFUSED_LOGIN:
             self._refusal = error
         elif error.code() != KafkaError._ALL_BROKERS_DOWN:
             self._trouble = error.str()

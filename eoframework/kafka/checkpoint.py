@@ -101,7 +101,8 @@ class CheckpointLog:
 
     def _range(self, consumer: Consumer, shard: int) -> tuple[int, int]:
         found = consumer.get_watermark_offsets(TopicPartition(self.topic, shard), timeout=_TIMEOUT, cached=False)
-        if found is None:
+        # Less than 0 is no offset: taken for one, a checkpoint that is there would be one that was never written.
+        if found is None or min(found) < 0:
             raise Retryable(f"Kafka did not tell the log ends of {self.topic}[{shard}] within {_TIMEOUT:g} s.")
         return found
 

@@ -8,7 +8,7 @@ from uuid import UUID
 from confluent_kafka import KafkaError, KafkaException, Message
 
 from eoframework.errors import EncodeError, EoError, OutcomeUnknown, Retryable
-from eoframework.kafka.admin import NotAuthorized, UnknownTopic
+from eoframework.kafka.answers import NotAuthorized, UnknownTopic
 from eoframework.kafka.destinations import Destination
 from eoframework.kafka.faults import kafka_error
 

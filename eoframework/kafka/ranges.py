@@ -52,7 +52,7 @@ class RangeReader:
             found = self._consumer.get_watermark_offsets(where, timeout=_TIMEOUT, cached=False)
         except KafkaException as error:
             raise classify(error, f"asking for the log ends of {self._topic}[{partition}]") from error
-        if found is None:
+        if found is None or min(found) < 0:
             raise Retryable(f"Kafka did not tell the log ends of {self._topic}[{partition}] within {_TIMEOUT:g} s.")
         return found
 

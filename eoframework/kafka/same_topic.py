@@ -7,7 +7,7 @@ from typing import Protocol
 from uuid import UUID
 
 from eoframework.identity import deleted_topic, topic_recreated
-from eoframework.kafka.admin import UnknownTopic
+from eoframework.kafka.answers import UnknownTopic
 
 
 class Cluster(Protocol):

@@ -11,7 +11,8 @@ from uuid import UUID
 from eoframework import clock
 from eoframework.cloudevents import incoming_id
 from eoframework.errors import FailClosed
-from eoframework.kafka.admin import Admin, UnknownTopic
+from eoframework.kafka.admin import Admin
+from eoframework.kafka.answers import UnknownTopic
 from eoframework.kafka.ranges import RangeReader
 from eoframework.settings import Settings
 

@@ -9,7 +9,7 @@ from eoframework.checkpoint import Checkpoint
 from eoframework.db.pending import PendingRows, RowsDiffer
 from eoframework.db.shards import Claim, Shards, ShardState
 from eoframework.errors import FailClosed
-from eoframework.kafka.admin import UnknownTopic
+from eoframework.kafka.answers import UnknownTopic
 from eoframework.kafka.checkpoint import CheckpointLog, CheckpointPlace
 
 _log = logging.getLogger(__name__)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Protocol
 
-from eoframework.kafka.admin import TopicInfo, UnknownTopic
+from eoframework.kafka.admin import TopicInfo
+from eoframework.kafka.answers import UnknownTopic
 from eoframework.transforms import Transform
 
 _LIMIT = "max.message.bytes"

@@ -11,10 +11,14 @@ from confluent_kafka import KafkaError, Producer
 from confluent_kafka.admin import AdminClient, ConfigResource
 
 from eoframework import dev
+from eoframework.errors import Retryable
+from eoframework.kafka.admin import Admin
+from eoframework.settings import Settings
 from tests.cluster.brokers import Brokers
 from tests.processes import contiguous, eventually, read_topic
 
 MakeTopic = Callable[..., str]
+PARTITIONS = 6
 
 
 class Load:
@@ -76,23 +80,74 @@ class Load:
             self.committed += 1
 
 
+class Asking:
+    """Asks for the ends of a log, for ever: a worker that claims a partition does."""
+
+    def __init__(self, settings: Settings, topic: str) -> None:
+        self._admin, self._topic = Admin(settings), topic
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._ask)
+        self.told = [0] * PARTITIONS
+        self.wrong: list[object] = []
+
+    def __enter__(self) -> Asking:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def goes_on(self) -> None:
+        """Wait until those of all partitions were told again."""
+        before = list(self.told)
+        eventually(
+            lambda: all(now > then for now, then in zip(self.told, before, strict=True)) or self.wrong,
+            "the log's ends are told",
+            seconds=40,
+        )
+        assert not self.wrong
+
+    def _ask(self) -> None:
+        while not self._stop.wait(0.05):
+            for partition in range(PARTITIONS):
+                try:
+                    ends = self._admin.watermarks(self._topic, partition)
+                except Retryable:
+                    continue  # asked again, as a worker does
+                except Exception as error:  # noqa: BLE001 - shown by the test
+                    self.wrong.append(error)
+                else:
+                    self.told[partition] += ends == (0, 0)
+                    self.wrong += [ends] if ends != (0, 0) else []
+
+
 def numbers(brokers: Brokers, topic: str) -> list[int]:
     return [int(message.value() or b"") for message in read_topic(brokers.bootstrap_servers, topic)]
 
 
-def test_each_killed_in_turn_under_load(brokers: Brokers, make_topic: MakeTopic) -> None:
+def test_each_killed_in_turn_under_load(brokers: Brokers, settings: Settings, make_topic: MakeTopic) -> None:
     """Each of them is leader, coordinator and controller for somebody when it dies. Seen to fail with a replication
     factor of 1 for the transactions' topic in dev/kafka_properties.py: no transaction commits while its broker is away.
+
+    And in kafka/admin.py without `_look_around` before the second question: refused for minutes, or "No leaders found",
+    taken for final; and, not every time, without `offset < 0`: a log from -1001 to -1001.
     """
     plain, transactional = make_topic(), make_topic()
-    with Load(brokers.bootstrap_servers, plain, transactional) as load:
+    with (
+        Load(brokers.bootstrap_servers, plain, transactional) as load,
+        Asking(settings, make_topic(partitions=PARTITIONS)) as asking,
+    ):
         load.goes_on()
+        asking.goes_on()
         for node in brokers.nodes:
             node.kill()
             load.goes_on()
+            asking.goes_on()
             node.start()
             eventually(brokers.in_sync, f"{node.name} in sync again")
         load.goes_on()
+        asking.goes_on()
     assert not load.failures
     assert contiguous(numbers(brokers, plain), load.acknowledged)
     assert contiguous(numbers(brokers, transactional), 2 * load.committed)

@@ -9,7 +9,8 @@ from confluent_kafka import Consumer
 from confluent_kafka.admin import AdminClient
 
 from eoframework.errors import Retryable
-from eoframework.kafka.admin import Admin, UnknownTopic
+from eoframework.kafka.admin import Admin
+from eoframework.kafka.answers import UnknownTopic
 from eoframework.kafka.checkpoint import CheckpointLog
 from tests.conftest import Addresses, database_named
 from tests.relay.rig import SHARDS, Rig, open_copy

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import subprocess
@@ -17,12 +18,13 @@ from sqlalchemy import create_engine, make_url, text
 
 from eoframework.db.session import Database, open_database
 from eoframework.dev import postgres_programs
+from eoframework.errors import Retryable
 from eoframework.schema import Schema
 from eoframework.settings import Settings
 from tests.cli.conftest import Shell
 from tests.conftest import make_settings
 from tests.consume.nursery import Nursery
-from tests.processes import Eo, read_topic
+from tests.processes import Eo, patiently, read_topic
 from tests.restored.shop import TABLES
 
 APP = "tests.restored.shop:app"
@@ -156,7 +158,7 @@ class Shop:
     def state(self) -> tuple[object, ...]:
         """What a refused start must leave alone, here and in Kafka."""
         groups = [
-            self.shell.admin.group_offsets(self.group(name), topic)
+            self._offsets(name, topic)
             for name, topic in (("book", self.orders), ("collect", self.bills), ("label", self.orders))
         ]
         partitions = [(self.orders, 0), (self.orders, 1), (self.bills, 0), (self.labels, 0)]
@@ -164,6 +166,11 @@ class Shop:
         positions = self.column("SELECT (consumer_id, topic, partition, next_offset, epoch)::text FROM eo.position")
         outbox = self.column("SELECT id FROM eo.outbox_message UNION ALL SELECT id FROM eo.delayed_message ORDER BY id")
         return groups, topics, sorted(positions), outbox, self.booked(), self.collected()
+
+    def _offsets(self, name: str, topic: str) -> object:
+        # The group may have a coordinator only when somebody has asked for it.
+        ask = functools.partial(self.shell.admin.group_offsets, self.group(name), topic)
+        return patiently(ask, trouble=Retryable, seconds=30)
 
     def refused(self, command: str, *handlers: str) -> str:
         """A start that must stop with 70 and have changed nothing; returns what it said."""
