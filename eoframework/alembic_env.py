@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 from alembic import context
+from sqlalchemy import inspect
 
 from eoframework.db import joined
 from eoframework.db.grants import TABLES
@@ -39,6 +40,12 @@ def include_object(item: object, name: str | None, type_: str, reflected: bool, 
         # Known to alembic as its own only where it looks for it. A role that is called like our schema has that as its
         # default schema from the moment it exists; the version table, made before, is in another one.
         return False
-    if (getattr(item, "schema", None) or default) != ours:
+    schema = getattr(item, "schema", None)
+    if schema is None and ours != default and name in _OUR_TABLES:
+        # Seen by way of a search_path that has our schema behind theirs: not a table of theirs that the metadata lack,
+        # which autogenerate would drop.
+        assert running.connection is not None
+        return inspect(running.connection).has_table(name, schema=default)
+    if (schema or default) != ours:
         return True
     return ours == default and name not in _OUR_TABLES

@@ -23,6 +23,14 @@ from eoframework.errors import ConfigurationError, Unreachable
 USER = DATABASE = "eo"
 StopMode = Literal["fast", "immediate", "kill"]
 
+BEHAVIOUR = {
+    "max_connections": "200",
+    # The role is called like our schema, and "$user" comes first by default: once `eo db upgrade` has run, the tables
+    # of whoever develops would land among ours, out of sight of roles of another name.
+    "search_path": "public",
+}
+"""How the server behaves, wherever it runs."""
+
 _START_SECONDS = 60.0
 _SOCKET_PATH_LIMIT = 100
 _SIGNALS: Mapping[StopMode, signal.Signals] = {
@@ -194,7 +202,7 @@ class PostgresServer:
             "listen_addresses": "127.0.0.1",
             "port": str(self.port),
             "unix_socket_directories": self._socket_directory(),
-            "max_connections": "200",
+            **BEHAVIOUR,
             # Written out, because everything we promise rests on them.
             "fsync": "on",
             "synchronous_commit": "on",

@@ -20,6 +20,7 @@ from eoframework.db.probe import select_one
 from eoframework.dev.cluster import made_id
 from eoframework.dev.jars import KAFKA_VERSION
 from eoframework.dev.kafka_properties import behaviour
+from eoframework.dev.postgres import BEHAVIOUR
 from eoframework.errors import Unreachable
 from eoframework.kafka.probe import commit_probe_transaction
 
@@ -132,7 +133,7 @@ class PostgresContainer(_Container):
             POSTGRES_PASSWORD=self._password,
             POSTGRES_INITDB_ARGS="--encoding=UTF8 --locale=C",
         )
-        options = [f"{name}={value}" for name, value in {"max_connections": "200", **(settings or {})}.items()]
+        options = [f"{name}={value}" for name, value in {**BEHAVIOUR, **(settings or {})}.items()]
         self.with_command(["postgres", *(part for option in options for part in ("-c", option))])
 
     @property

@@ -62,10 +62,10 @@ def test_two_clusters_have_two_ids(kafka: KafkaContainer) -> None:
 def test_the_database_answers_at_once_with_its_settings(postgres: PostgresContainer) -> None:
     engine = create_engine(postgres.database_url)
     with engine.connect() as connection:
-        names = ("max_connections", "work_mem", "fsync", "synchronous_commit", "server_encoding")
+        names = ("max_connections", "work_mem", "fsync", "synchronous_commit", "server_encoding", "search_path")
         found = [connection.execute(text(f"SHOW {name}")).scalar_one() for name in names]
     engine.dispose()
-    assert found == ["200", "7MB", "on", "on", "UTF8"]
+    assert found == ["200", "7MB", "on", "on", "UTF8", "public"]
 
 
 def test_a_broker_that_dies_tells_its_log_and_leaves_nothing(engine: Engine) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from eoframework.dev import docker_compose, docker_stack
 from eoframework.dev.jars import KAFKA_VERSION
 from eoframework.dev.kafka import KafkaOptions
 from eoframework.dev.kafka_properties import behaviour
+from eoframework.dev.postgres import BEHAVIOUR
 from eoframework.dev.state import PostgresState, State, StateDirectory
 from eoframework.errors import ConfigurationError
 from eoframework.testing.containers import KAFKA_IMAGE, POSTGRES_IMAGE
@@ -32,6 +34,14 @@ def test_the_broker_in_the_container_behaves_as_that_of_eo_dev() -> None:
     properties = {name.lower().replace("_", "."): value for name, value in variables.items()}
     ours = behaviour(brokers=1, session_timeout_ms=KafkaOptions().session_timeout_ms)
     assert {name: value for name, value in properties.items() if name not in ELSEWHERE} == ours
+
+
+def test_the_server_in_the_container_behaves_as_that_of_eo_dev() -> None:
+    told = re.search(r'^ +command: (\["postgres".*\])$', compose_file(), re.MULTILINE)
+    assert told is not None
+    words = json.loads(told[1])
+    assert words[1::2] == ["-c"] * (len(words) // 2)
+    assert dict(word.split("=", 1) for word in words[2::2]) == BEHAVIOUR
 
 
 def test_the_images_are_those_of_the_testcontainers() -> None:

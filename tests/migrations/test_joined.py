@@ -78,9 +78,7 @@ class Theirs:
 @pytest.fixture
 def theirs(tmp_path: Path, empty_url: str, monkeypatch: pytest.MonkeyPatch) -> Theirs:
     monkeypatch.chdir(tmp_path)
-    # The role of the tests is called like our schema; see test_a_role_that_is_called_like_our_schema.
-    url = f"{empty_url}?options=-csearch_path%3Dpublic"
-    return Theirs(tmp_path, url, str(migrating.location() / "versions"))
+    return Theirs(tmp_path, empty_url, str(migrating.location() / "versions"))
 
 
 def tables(database: Database) -> set[str]:
@@ -194,11 +192,11 @@ def test_the_printed_sql_does_the_same(theirs: Theirs, empty: Database, empty_ur
 def test_a_role_that_is_called_like_our_schema(
     tmp_path: Path, empty: Database, empty_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its search_path ("$user", public) begins with our schema, as with `eo dev`. Seen to fail with our copy of the
-    version in a table called alembic_version: alembic took it for its own half-way.
+    """Its search_path ("$user", public by default) begins with our schema. Seen to fail with our copy of the version in
+    a table called alembic_version: alembic took it for its own half-way.
     """
     monkeypatch.chdir(tmp_path)
-    theirs = Theirs(tmp_path, empty_url, str(migrating.location() / "versions"))
+    theirs = Theirs(tmp_path, f"{empty_url}?options=-csearch_path%3Deo,public", str(migrating.location() / "versions"))
     theirs.upgrade("eo0001")
     theirs.upgrade()
     assert migrating.check(empty) == migrating.head()
@@ -208,6 +206,24 @@ def test_a_role_that_is_called_like_our_schema(
     assert migrating.check(empty) == migrating.head()
     command.downgrade(theirs.config(), "eoframework@base")
     assert migrating.current(empty) is None
+
+
+def test_a_search_path_that_has_our_schema_behind_theirs(
+    tmp_path: Path, empty: Database, empty_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen to fail (autogenerate drops our tables) without the question for the schema in `include_object`; a table of
+    theirs that is called like one of ours, and that they have given up, is dropped all the same.
+    """
+    monkeypatch.chdir(tmp_path)
+    theirs = Theirs(tmp_path, f"{empty_url}?options=-csearch_path%3Dpublic,eo", str(migrating.location() / "versions"))
+    theirs.upgrade()
+    theirs.autogenerate("base")
+    theirs.upgrade()
+    assert "drop_" not in theirs.autogenerate()
+    theirs.upgrade()
+    with empty.begin("test") as connection:
+        connection.execute(text("CREATE TABLE public.audit (id int)"))
+    assert "drop_table('audit')" in theirs.autogenerate()
 
 
 def test_rights_on_the_version_of_a_joined_chain(theirs: Theirs, empty: Database) -> None:

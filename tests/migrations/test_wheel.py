@@ -61,14 +61,13 @@ def test_a_strangers_project(eo: Path, empty_url: str, services: Addresses, tmp_
     (tmp_path / "models.py").write_text(MODELS)
     example = example.replace('App("stock")', f'App("stock-{suffix}")')
     (tmp_path / "stock.py").write_text(f"from models import Item\n{example}")
-    url = f"{empty_url}?options=-csearch_path%3Dpublic"  # the role of the tests is called like our schema
-    settings = {"EO_DATABASE_URL": url, "EO_KAFKA_BOOTSTRAP_SERVERS": services.bootstrap_servers}
+    settings = {"EO_DATABASE_URL": empty_url, "EO_KAFKA_BOOTSTRAP_SERVERS": services.bootstrap_servers}
 
     def run(program: str, *arguments: str, stdin: str = "") -> str:
         return _run(str(eo.parent / program), *arguments, cwd=tmp_path, stdin=stdin, **settings)
 
     run("alembic", "init", "migrations")
-    join(tmp_path, url)
+    join(tmp_path, empty_url)
     run("alembic", "upgrade", "heads")
     first = ("--head", "base", "--branch-label", "shop", "--version-path", "migrations/versions")
     run("alembic", "revision", "--autogenerate", "-m", "items", *first)
