@@ -47,6 +47,6 @@ def meaning(error: KafkaError, what: str, *, topic: str | None, servers: str) ->
     if error.code() in _INVALID:
         return ConfigurationError(f"{what}: Kafka refuses: {error.str()}.", remedy="Correct Topic(...).")
     if error.code() == KafkaError._NOENT:
-        # "No leaders found": one is being chosen, or nobody answers who it is.
+        # "No leaders found": one is being chosen. Also of a topic that is not there, or forbidden: Admin asks for that.
         return Retryable(f"{what}: {error.str()}.")
     return classify(error, what)

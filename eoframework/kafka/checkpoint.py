@@ -103,7 +103,7 @@ class CheckpointLog:
         found = consumer.get_watermark_offsets(TopicPartition(self.topic, shard), timeout=_TIMEOUT, cached=False)
         # Less than 0 is no offset: taken for one, a checkpoint that is there would be one that was never written.
         if found is None or min(found) < 0:
-            raise Retryable(f"Kafka did not tell the log ends of {self.topic}[{shard}] within {_TIMEOUT:g} s.")
+            raise Retryable(f"Kafka did not tell the log ends of {self.topic}[{shard}].")
         return found
 
     def _last_between(self, consumer: Consumer, shard: int, start: int, end: int) -> bytes | None:

@@ -53,7 +53,7 @@ class RangeReader:
         except KafkaException as error:
             raise classify(error, f"asking for the log ends of {self._topic}[{partition}]") from error
         if found is None or min(found) < 0:
-            raise Retryable(f"Kafka did not tell the log ends of {self._topic}[{partition}] within {_TIMEOUT:g} s.")
+            raise Retryable(f"Kafka did not tell the log ends of {self._topic}[{partition}].")
         return found
 
     def offset_at(self, partition: int, milliseconds: int) -> int | None:
