@@ -15,7 +15,6 @@
 from __future__ import annotations
 
 from alembic import context
-from sqlalchemy import inspect
 
 from eoframework.db import joined
 from eoframework.db.grants import TABLES
@@ -45,7 +44,7 @@ def include_object(item: object, name: str | None, type_: str, reflected: bool, 
         # Seen by way of a search_path that has our schema behind theirs: not a table of theirs that the metadata lack,
         # which autogenerate would drop.
         assert running.connection is not None
-        return inspect(running.connection).has_table(name, schema=default)
+        return joined.has(running.connection, Schema(default), name)
     if (schema or default) != ours:
         return True
     return ours == default and name not in _OUR_TABLES

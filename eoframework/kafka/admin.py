@@ -278,13 +278,10 @@ class Admin:
         return self._offset(topic, partition, spec.earliest()), self._offset(topic, partition, spec.latest())
 
     def _offset(self, topic: str, partition: int, spec: Any) -> int:
-        began = clock.monotonic()
         try:
             return self._ask_offset(topic, partition, spec)
-        except Retryable:
-            # Nobody answers. Whoever asked asks again; a transform inside a transaction that is ended soon.
-            if clock.monotonic() - began > _PROBE_TIMEOUT / 2:
-                raise
+        except Retryable as trouble:
+            _log.debug("%s Asked again, of whoever leads by now.", trouble)
         # The client asks the leader that it remembers, with the epoch that it remembers, until its metadata are old.
         # Seen after each restart of a broker: for minutes FENCED_LEADER_EPOCH, so that no partition could be claimed.
         # Not by the topic's name: where brokers create what is asked for, a deleted one would be back.

@@ -51,7 +51,7 @@ def test_a_sound_handler_comes_to_the_same_however_it_is_killed(stage: Stage) ->
         "relay.committed",
     }
     # What a sequence made is another number after a crash, and is known to be.
-    assert report.left_out["eo.booking"] == {"id"}
+    assert report.left_out["public.booking"] == {"id"}
     assert "0 violations in" in report.text()
 
 
@@ -67,7 +67,7 @@ def test_a_second_connection_is_found_by_its_effects_and_named_by_its_statement(
     assert "UPDATE stock SET free = free -" in statement.what
     assert "outside its transaction at " in statement.what
     assert "tests/crashtest/crash_shop.py:" in statement.what
-    assert any(one.place == "eo.stock" and one.changed for point in report.bad for one in point.differences)
+    assert any(one.place == "public.stock" and one.changed for point in report.bad for one in point.differences)
     assert report.history is not None
     assert len(report.history.messages) < report.messages
     assert "killed at consume.handled:1" in report.text()
@@ -84,7 +84,7 @@ def test_a_counter_in_memory_is_named(stage: Stage) -> None:
 
 def test_where_values_come_from_that_are_not_compared_is_named(stage: Stage) -> None:
     report = crashes(stage, "timed", minutes=0.0)
-    assert report.left_out["eo.booking"] == {"id", "number"}
+    assert report.left_out["public.booking"] == {"id", "number"}
     (asked,) = report.chance
     assert asked.startswith("datetime.now at ")
     assert "tests/crashtest/crash_shop.py:" in asked
