@@ -149,10 +149,11 @@ def health(container: Container, within: float = 10) -> int:
     return int(container.exec_run(["timeout", str(within), *command]).exit_code)
 
 
-def wait_for(condition: Callable[[], object], seconds: float, what: str) -> None:
+def wait_for(condition: Callable[[], object], seconds: float, what: str, *, log: Callable[[], str] = str) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, f"waited {seconds:.0f} s for {what}"
+        if time.monotonic() > deadline:
+            raise AssertionError(f"waited {seconds:.0f} s for {what}\n{log()}")
         time.sleep(0.2)
 
 
@@ -211,7 +212,12 @@ def test_the_shop_in_containers_with_kills(fleet: Fleet, services: Compose, monk
         if number == 2 * ORDERS // 3:
             services.call("kill", "kafka")
             services.call("up", "-d", "kafka")
-    wait_for(lambda: count(database, "shop_confirmation") >= ORDERS, 120, "all orders to be confirmed")
+    wait_for(
+        lambda: count(database, "shop_confirmation") >= ORDERS,
+        120,
+        "all orders to be confirmed",
+        log=lambda: "\n\n".join(one.logs(tail=40).decode(errors="replace") for one in workers + relays),
+    )
 
     assert [health(container) for container in [*workers, *relays]] == [0, 0, 0]
     # Nobody else is PID 1: SIGTERM reaches eo, which drains.
