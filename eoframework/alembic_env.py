@@ -44,7 +44,7 @@ def include_object(item: object, name: str | None, type_: str, reflected: bool, 
         # Seen by way of a search_path that has our schema behind theirs: not a table of theirs that the metadata lack,
         # which autogenerate would drop.
         assert running.connection is not None
-        return joined.has(running.connection, Schema(default), name)
+        return joined.has(running.connection, default, name)
     if (schema or default) != ours:
         return True
     return ours == default and name not in _OUR_TABLES

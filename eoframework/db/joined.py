@@ -78,12 +78,12 @@ def _tell(event: str, version: str | None) -> None:
 
 def is_joined(connection: Connection, ours: Schema) -> bool:
     """Whether our tables belong to a chain whose versions stand elsewhere; needs no right on anything."""
-    return has(connection, ours, COPY)
+    return has(connection, ours.name, COPY)
 
 
 def copied(connection: Connection, ours: Schema) -> tuple[str, str] | None:
     """Our version and the version table of the chain that our tables belong to; None when that chain is our own."""
-    if not has(connection, ours, COPY):
+    if not has(connection, ours.name, COPY):
         return None
     found = connection.execute(text(ours.sql(f"SELECT version_num, chain FROM {{eo}}.{COPY}"))).one()
     return str(found[0]), str(found[1])
@@ -104,12 +104,12 @@ def _chain() -> str | None:
     return f"{place}.{running.version_table}"
 
 
-def has(connection: Connection, schema: Schema, table: str) -> bool:
+def has(connection: Connection, schema: str, table: str) -> bool:
     """Whether this very schema has it, wherever the search_path leads."""
     found = connection.execute(
         text("""SELECT FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
                 WHERE n.nspname = :schema AND c.relname = :table"""),
-        {"schema": schema.name, "table": table},
+        {"schema": schema, "table": table},
     )
     return found.first() is not None
 
@@ -134,6 +134,6 @@ def _refuse_other(ours: Schema, down_revision: str | None) -> None:
 
 
 def _ours_alone(connection: Connection, ours: Schema) -> str | None:
-    if not has(connection, ours, VERSION_TABLE):
+    if not has(connection, ours.name, VERSION_TABLE):
         return None
     return connection.execute(text(ours.sql(f"SELECT version_num FROM {{eo}}.{VERSION_TABLE}"))).scalar()

@@ -208,21 +208,26 @@ def test_a_role_that_is_called_like_our_schema(
     assert migrating.current(empty) is None
 
 
+@pytest.mark.parametrize("schema", ["public", "Theirs"])
 def test_a_search_path_that_has_our_schema_behind_theirs(
-    tmp_path: Path, empty: Database, empty_url: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, empty: Database, empty_url: str, monkeypatch: pytest.MonkeyPatch, schema: str
 ) -> None:
     """Seen to fail (autogenerate drops our tables) without the question for the schema in `include_object`; a table of
-    theirs that is called like one of ours, and that they have given up, is dropped all the same.
+    theirs that is called like one of ours, and that they have given up, is dropped all the same. Their schema may
+    have a name that ours may not.
     """
     monkeypatch.chdir(tmp_path)
-    theirs = Theirs(tmp_path, f"{empty_url}?options=-csearch_path%3Dpublic,eo", str(migrating.location() / "versions"))
+    with empty.begin("test") as connection:
+        connection.execute(text(f'CREATE SCHEMA IF NOT EXISTS "{schema}"'))
+    url = f"{empty_url}?options=-csearch_path%3D%22{schema}%22,eo"
+    theirs = Theirs(tmp_path, url, str(migrating.location() / "versions"))
     theirs.upgrade()
     theirs.autogenerate("base")
     theirs.upgrade()
     assert "drop_" not in theirs.autogenerate()
     theirs.upgrade()
     with empty.begin("test") as connection:
-        connection.execute(text("CREATE TABLE public.audit (id int)"))
+        connection.execute(text(f'CREATE TABLE "{schema}".audit (id int)'))
     assert "drop_table('audit')" in theirs.autogenerate()
 
 
