@@ -88,7 +88,9 @@ def settings_environment(settings: Settings, **more: str) -> dict[str, str]:
     }
 
 
-def eventually(condition: Callable[[], Any], what: str, *, seconds: float = 90, log: Path | None = None) -> Any:
+def eventually(
+    condition: Callable[[], Any], what: str, *, seconds: float = 90, log: Path | Callable[[], str] | None = None
+) -> Any:
     """Wait until the condition is true and return its value; the deadline is only there to end a broken run."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -96,8 +98,13 @@ def eventually(condition: Callable[[], Any], what: str, *, seconds: float = 90, 
         if value:
             return value
         time.sleep(0.05)
-    tail = f"\n{log.read_text(errors='replace')[-6000:]}" if log is not None and log.exists() else ""
-    raise AssertionError(f"not within {seconds} s: {what}{tail}")
+    raise AssertionError(f"not within {seconds} s: {what}{_end_of(log)}")
+
+
+def _end_of(log: Path | Callable[[], str] | None) -> str:
+    if isinstance(log, Path):
+        return f"\n{log.read_text(errors='replace')[-6000:]}" if log.exists() else ""
+    return f"\n{log()}" if log is not None else ""
 
 
 def patiently(attempt: Callable[[], Value], *, trouble: type[Exception], seconds: float) -> Value:

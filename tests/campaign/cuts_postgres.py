@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import socket
 import struct
-import threading
-from contextlib import suppress
 from dataclasses import dataclass, field
 
 from tests.campaign.cuts_fates import Fates
-from tests.listener import Listener, Moment, hang_up
+from tests.listener import Moment
+from tests.proxy import BytesProxy, Hearing
 
 PUBLISH = "a web application's publish"
 _OWN = {
@@ -83,44 +81,17 @@ class Conversation:
                 self._doing = what
 
 
-class PostgresProxy(Listener):
-    """Forwards every connection to one server, and cuts at COMMIT as `fates` has it."""
+class PostgresProxy(BytesProxy):
+    """Cuts at COMMIT as `fates` has it."""
 
     def __init__(self, server: tuple[str, int]) -> None:
         self.fates: Fates | None = None
         """None: everything passes."""
-        self._server = server
-        super().__init__()
+        super().__init__(server)
 
-    def serve(self, client: socket.socket) -> None:
-        try:
-            server = self.connected(client, self._server)
-        except OSError:
-            client.close()
-            return
-        cut = threading.Event()
-        threading.Thread(target=self._answers, args=(server, client, cut), daemon=True).start()
+    def hearing(self) -> Hearing:
         conversation = Conversation()
-        with suppress(OSError):  # either side has hung up
-            while data := client.recv(65536):
-                moment = self._fate(conversation.hear(data))
-                if moment == "before":
-                    break
-                if moment is not None:
-                    cut.set()
-                server.sendall(data)
-                if moment == "during":
-                    # The server's side stays open until it has answered: it is to hear this COMMIT, and not a reset.
-                    hang_up(client)
-                    return
-        self.gone(server, client)
-
-    def _answers(self, server: socket.socket, client: socket.socket, cut: threading.Event) -> None:
-        """`cut` is set once nothing may reach the client any more."""
-        with suppress(OSError):  # either side has hung up
-            while (data := server.recv(65536)) and not cut.is_set():
-                client.sendall(data)
-        self.gone(server, client)
+        return lambda data: self._fate(conversation.hear(data))
 
     def _fate(self, what: str | None) -> Moment | None:
         fates = self.fates

@@ -83,8 +83,8 @@ class Load:
 class Asking:
     """Asks for the ends of a log, for ever: a worker that claims a partition does."""
 
-    def __init__(self, settings: Settings, topic: str) -> None:
-        self._admin, self._topic = Admin(settings), topic
+    def __init__(self, bootstrap_servers: str, topic: str) -> None:
+        self._admin, self._topic = Admin(Settings.load(kafka_bootstrap_servers=bootstrap_servers)), topic
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._ask)
         self.told = [0] * PARTITIONS
@@ -126,7 +126,7 @@ def numbers(brokers: Brokers, topic: str) -> list[int]:
     return [int(message.value() or b"") for message in read_topic(brokers.bootstrap_servers, topic)]
 
 
-def test_each_killed_in_turn_under_load(brokers: Brokers, settings: Settings, make_topic: MakeTopic) -> None:
+def test_each_killed_in_turn_under_load(brokers: Brokers, make_topic: MakeTopic) -> None:
     """Each of them is leader, coordinator and controller for somebody when it dies. Seen to fail with a replication
     factor of 1 for the transactions' topic in dev/kafka_properties.py: no transaction commits while its broker is away.
 
@@ -136,7 +136,7 @@ def test_each_killed_in_turn_under_load(brokers: Brokers, settings: Settings, ma
     plain, transactional = make_topic(), make_topic()
     with (
         Load(brokers.bootstrap_servers, plain, transactional) as load,
-        Asking(settings, make_topic(partitions=PARTITIONS)) as asking,
+        Asking(brokers.bootstrap_servers, make_topic(partitions=PARTITIONS)) as asking,
     ):
         load.goes_on()
         asking.goes_on()

@@ -22,7 +22,7 @@ def test_the_ends_of_a_log(settings: Settings, topic_name: str) -> None:
 
 
 def test_a_topic_that_is_not_there_is_named(settings: Settings) -> None:
-    """For the question for the ends it only has no leaders. Seen to fail without the one for its partitions."""
+    """For the question for the ends it only has no leaders. Seen to fail without the one for its id."""
     missing = f"missing.{uuid.uuid4().hex[:8]}"
     with pytest.raises(UnknownTopic, match=f"no topic '{missing}'"):
         Admin(settings).watermarks(missing, 0)

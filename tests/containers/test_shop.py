@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import subprocess
-import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import pytest
@@ -25,6 +24,7 @@ from examples.shop import reconcile
 from examples.shop.app import Base, Item, Product, delays, orders, place_order, refusals, reservations
 from tests.conftest import REPOSITORY
 from tests.containers.engine import Engine, compose
+from tests.processes import eventually
 
 APP = "examples.shop.app:app"
 IMAGE = "eo-shop-test"
@@ -118,7 +118,7 @@ def services(engine: Engine) -> Iterator[Compose]:
     up = Compose(f"eo-test-{uuid.uuid4().hex[:6]}", kafka, processes.free_port(avoid=[kafka]))
     try:
         up.call("up", "-d")
-        wait_for(lambda: answers(up), 90, "the services' probes")
+        eventually(lambda: answers(up), "the services' probes")
         yield up
     finally:
         up.call("down", "--volumes", "--remove-orphans")
@@ -147,14 +147,6 @@ def health(container: Container, within: float = 10) -> int:
     kind, *test = container.attrs["Config"]["Healthcheck"]["Test"]
     command = ["sh", "-c", *test] if kind == "CMD-SHELL" else test
     return int(container.exec_run(["timeout", str(within), *command]).exit_code)
-
-
-def wait_for(condition: Callable[[], object], seconds: float, what: str, *, log: Callable[[], str] = str) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            raise AssertionError(f"waited {seconds:.0f} s for {what}\n{log()}")
-        time.sleep(0.2)
 
 
 def test_the_services_health_checks_pass_and_notice_a_frozen_broker(services: Compose, client: DockerClient) -> None:
@@ -204,7 +196,7 @@ def test_the_shop_in_containers_with_kills(fleet: Fleet, services: Compose, monk
         with Session(database) as session, session.begin():
             place_order(session, SKUS[number % len(SKUS)], 1)
         if number == ORDERS // 3:
-            wait_for(lambda: count(database, "shop_movement") > 0, 60, "the first effects")
+            eventually(lambda: count(database, "shop_movement") > 0, "the first effects", seconds=60)
             workers.pop().kill()
             relays.pop().kill()
             workers.append(fleet.start("run", APP))
@@ -212,10 +204,10 @@ def test_the_shop_in_containers_with_kills(fleet: Fleet, services: Compose, monk
         if number == 2 * ORDERS // 3:
             services.call("kill", "kafka")
             services.call("up", "-d", "kafka")
-    wait_for(
+    eventually(
         lambda: count(database, "shop_confirmation") >= ORDERS,
-        120,
-        "all orders to be confirmed",
+        "all orders are confirmed",
+        seconds=120,
         log=lambda: "\n\n".join(one.logs(tail=40).decode(errors="replace") for one in workers + relays),
     )
 
