@@ -342,18 +342,25 @@ class ConsumeWorker:
             self._uncommitted = {}
         if now >= self._next_check:
             self._next_check = now + _CHECK_SECONDS
-            self._check_topic()
+            if self._check_topic():
+                consumer.contact.look()
             self._check_claims(consumer)
+            # What the group was told may have been refused, and is told again only when something moves: seen, lag
+            # shown for ever of what had long been done, after the coordinator had been away for a moment.
+            self._uncommitted |= self._ownership.claims
         if self._blocked and now >= self._next_warning:
             self._next_warning = now + _REPEAT_WARNING_SECONDS
             waiting = ", ".join(str(failure.record) for failure in self._blocked.values())
             log.error("%s: still blocked by %s; what follows there waits", self.name, waiting)
 
-    def _check_topic(self) -> None:
+    def _check_topic(self) -> bool:
+        """Whether Kafka answered."""
         try:
             self._ownership.check_topic()
         except Retryable as trouble:
             log.info("%s: topic not checked: %s It is checked again soon", self.name, trouble)
+            return False
+        return True
 
     def _confirm_topic(self) -> None:
         self._topic_asked()

@@ -352,6 +352,10 @@ class Admin:
             self._client.list_topics(timeout=_PROBE_TIMEOUT)
         except KafkaException as error:
             _log.debug("Kafka at %s: %s; asked again with the next question.", self._servers, kafka_error(error).str())
+            # By a new client: this one may have lost the cluster for good (contact.py). Seen: a handler that could ask
+            # for nothing any more, and claimed nothing.
+            with self._lock:
+                self._client_made = None
 
     def _classified(self, error: KafkaError, what: str, topic: str | None) -> EoError:
         return meaning(error, what, topic=topic, servers=self._servers)

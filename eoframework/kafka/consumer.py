@@ -16,7 +16,9 @@ from confluent_kafka import Message as ClientMessage
 
 from eoframework import clock, events
 from eoframework.errors import ConfigurationError, EoError, RestartNeeded, Retryable
+from eoframework.kafka.answers import FORBIDDEN, REFUSED_LOGIN
 from eoframework.kafka.config import is_incremental
+from eoframework.kafka.contact import Contact
 from eoframework.kafka.faults import classify, kafka_error
 from eoframework.kafka.membership import Membership
 from eoframework.kafka.offsets import offset_mark, offset_out_of_range
@@ -24,16 +26,6 @@ from eoframework.kafka.records import Fetched
 
 log = logging.getLogger(__name__)
 _client_log = logging.getLogger("eoframework.kafka.client")
-
-_NO_PERMISSION = frozenset(
-    {
-        KafkaError.TOPIC_AUTHORIZATION_FAILED,
-        KafkaError.GROUP_AUTHORIZATION_FAILED,
-        KafkaError.CLUSTER_AUTHORIZATION_FAILED,
-        KafkaError._AUTHENTICATION,
-        KafkaError.SASL_AUTHENTICATION_FAILED,
-    }
-)
 
 _LOG_IS_NOT_WHAT_IT_WAS = frozenset({KafkaError._AUTO_OFFSET_RESET, KafkaError._LOG_TRUNCATION})
 _NOT_STARTED = frozenset({KafkaError._STATE, KafkaError._PREV_IN_PROGRESS})
@@ -73,6 +65,8 @@ class GroupConsumer:
         self.ended: dict[int, int] = {}
         """Partitions read to their end (with `enable.partition.eof`), and that end: markers lie before it."""
         self._consumer = Consumer({**config, "error_cb": self._on_error, "on_commit": self._on_commit})
+        self.contact = Contact(self._consumer, topic)
+        """Whether this client still finds its cluster."""
         self._consumer.subscribe([topic], on_assign=self._assigned, on_revoke=self._revoked, on_lost=self._revoked)
 
     # --- fetching ---
@@ -156,7 +150,7 @@ class GroupConsumer:
             self.ended[message.partition() or 0] = message.offset() or 0
         elif code in _LOG_IS_NOT_WHAT_IT_WAS:
             raise offset_out_of_range(self._group, self._topic, message.partition(), error.str())
-        elif code in _NO_PERMISSION:
+        elif code in FORBIDDEN or code in REFUSED_LOGIN:
             raise ConfigurationError(
                 f"Kafka refuses topic {self._topic!r}: {error.str()}.",
                 remedy="Grant this client Read on topic and group.",

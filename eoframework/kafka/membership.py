@@ -20,8 +20,9 @@ class Membership:
     """A group's metadata as the client hands it out, known to name a member and its generation.
 
     After being thrown out the client hands out generation -1 while `assignment()` still lists the partitions, and the
-    broker takes offsets under -1 *unchecked*: a frozen process would move them back under its successor. So it is read
-    here, and refused. Source: KIP-447, `rd_kafka_consumer_group_metadata_write`.
+    broker takes offsets under -1 *unchecked* (KIP-848: while the group is empty, so after its successor has done the
+    work and left): a frozen process would move them back. So it is read here, and refused.
+    Source: KIP-447, `rd_kafka_consumer_group_metadata_write`.
     """
 
     raw: bytes

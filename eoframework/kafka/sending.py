@@ -12,6 +12,7 @@ from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from eoframework import clock, events
 from eoframework.errors import ConfigurationError, EncodeError, Permanent, Retryable
+from eoframework.kafka.contact import has_lost_cluster
 from eoframework.kafka.delivery import Ticket, delivery_error, report
 from eoframework.kafka.destinations import Destination
 from eoframework.kafka.faults import is_topic_trouble, kafka_error
@@ -68,10 +69,11 @@ class SendingClient:
     def __init__(self, config: Mapping[str, Any], gate: Gate) -> None:
         """Raises ConfigurationError."""
         self._gate = gate
+        self._config = dict(config)
         self._servers = config["bootstrap.servers"]
         self._patience = int(config["message.timeout.ms"]) / 1000
         self._ended = threading.Event()
-        self._waiting = False
+        self._waiting = self._timed_out = False
         self._cause: KafkaError | None = None
         self.fatal = ""
         """Why this client can send nothing any more; whoever wants to send makes another."""
@@ -167,6 +169,7 @@ class SendingClient:
         clock.wait(self._ended, _ROOM_SLICE)
 
     def _tell(self, ticket: Ticket, error: KafkaError | None, message: Message) -> None:
+        self._timed_out = self._timed_out or (error is not None and error.code() == KafkaError._MSG_TIMED_OUT)
         if error is not None and self._cause is not None and error.code() == KafkaError._PURGE_QUEUE:
             ticket.failed(delivery_error(self._cause, ticket))
         else:
@@ -184,6 +187,7 @@ class SendingClient:
                 self._on_error(kafka_error(error))
             except Exception:  # noqa: BLE001 - whatever a callback of the user's raised, the next report must be heard
                 _log.exception("a report from Kafka could not be handed on; the others are.")
+            self._break_if_lost()
             if self._waiting and not self.unconfirmed:
                 self._waiting = False
                 _log.info("Kafka at %s: nothing waits any more.", self._servers)
@@ -202,6 +206,12 @@ class SendingClient:
                 self.unconfirmed,
                 self._patience,
             )
+
+    def _break_if_lost(self) -> None:
+        if self._timed_out:
+            self._timed_out = False
+            if has_lost_cluster(self._client, self._config):
+                self._break(KafkaError(KafkaError._ALL_BROKERS_DOWN, "it finds no broker any more, others do"))
 
     def _break(self, error: KafkaError) -> None:
         if self._cause is not None:

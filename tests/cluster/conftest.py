@@ -19,7 +19,7 @@ from tests.cluster.places import migrated_database
 from tests.conftest import make_settings
 
 HERE = Path(__file__).parent
-LONG = ("test_transforms.py", "test_spine.py")
+LONG = ("test_transforms.py", "test_spine.py", "test_lost_clients.py")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -168,7 +168,8 @@ def test_records_deleted_past_the_position_while_running(place: Place, caplog: p
 
 def test_position_above_the_end_of_the_log(place: Place, tmp_path: Path) -> None:
     """As after the topic was restored to an older state. Seen to fail with `_check_range` taken out of
-    Ownership._claim: exit 75, to be started again for ever, and none the wiser.
+    Ownership._claim and `_AUTO_OFFSET_RESET` out of `_LOG_IS_NOT_WHAT_IT_WAS`: exit 75, to be started again for ever,
+    and none the wiser.
     """
     place.process(0, 1, 2)
     place.execute("UPDATE eo.position SET next_offset = 50")

@@ -75,6 +75,20 @@ def test_a_fenced_partition_takes_the_batch_back_whole(app: App) -> None:
     assert rig.run([records[0], records[2]]).moved == {0: 1, 2: 1}
 
 
+def test_a_position_set_back_in_the_same_epoch_takes_the_batch_back(app: App) -> None:
+    """As when a standby that lagged was promoted behind a pooler: no connection broke, and the epoch is the same.
+
+    Seen to fail with `p.next_offset = f.expected` taken out of `_ADVANCE`: what the failover took back was skipped.
+    """
+    rig = rig_of(app)
+    assert rig.run([rig.record(b'{"n": %d}' % n) for n in range(3)]).moved == {0: 3}
+    with app.database.engine.begin() as connection:
+        connection.execute(text("UPDATE eo.position SET next_offset = 1 WHERE partition = 0"))
+    assert rig.run([rig.record(b'{"n": 3}')]) == Outcome(fenced={0})
+    assert booked(rig) == ["0@0", "0@1", "0@2"]
+    assert rig.positions() == [1, 0, 0]
+
+
 def test_smaller_parts_stop_at_a_conflict_and_keep_what_was_committed(app: App) -> None:
     """Seen to fail with the condition on trouble taken out of Executor._process: the next message overtook it and
     went past it.

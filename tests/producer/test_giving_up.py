@@ -12,9 +12,11 @@ from contextlib import suppress
 from secrets import token_hex
 
 import pytest
+from confluent_kafka import Producer as Client
 
 from eoframework import EncodeError, OutcomeUnknown, Producer, Retryable, Sent
 from eoframework.errors import Fenced, Permanent
+from eoframework.kafka import sending
 from eoframework.kafka.destinations import Destination
 from eoframework.kafka.producer import Outgoing
 from eoframework.kafka.transaction import TransactionalProducer
@@ -216,3 +218,30 @@ def test_failures_that_were_heard_are_not_kept(
     with pytest.raises(EncodeError, match=r"has 6\d\d\d bytes"):
         producer.flush()
     assert unheard.done()
+
+
+# --- a client that finds nobody ---------------------------------------------------------------------------------------
+
+
+def test_a_client_that_finds_no_broker_any_more_is_replaced(
+    kafka: Settings, orders: OrderTopic, make_producer: MakeProducer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As librdkafka leaves it behind at times (kafka/contact.py); here by a wrong address. No message ends in silence.
+
+    Seen to fail without `_break_if_lost`: nothing could be sent any more until the process was started again.
+    """
+    made: list[object] = []
+
+    def first_nowhere(config: dict[str, object]) -> Client:
+        made.append(config)
+        return Client({**config, "bootstrap.servers": "127.0.0.1:1"} if len(made) == 1 else config)
+
+    monkeypatch.setattr(sending, "Producer", first_nowhere)
+    producer = make_producer(kafka.model_copy(update={"transaction_timeout": 1.0}))
+
+    def sent() -> bool:
+        return isinstance(outcome(producer.send_soon(orders, Order(number=1))), Sent)
+
+    assert not sent()
+    eventually(sent, "a new client sends", seconds=30)
+    assert numbers(kafka, orders) == [1]
