@@ -343,25 +343,31 @@ def _nothing_left(case: Case, seen: Seen) -> Iterable[str]:
 
 
 def _calls(case: Case, seen: Seen) -> Iterable[str]:
-    """A call whose outcome nobody knows is made again only where the handler says that it may be."""
+    """A call whose outcome nobody knows is made again only where the handler says that it may be.
+
+    Whichever delivery of a message it was made for: its row is the message's, not the delivery's.
+    """
     if case.flow.external is None:
         return
     made = Counter(fact.rsplit(" ", 2)[0] for fact in seen.facts if fact.startswith("call "))
     keys = {fact.rsplit(" ", 1)[0] for fact in seen.facts if fact.startswith("call ")}
     rows = {(row[0], row[1]): row[2:] for row in seen.rows["calls"]}
-    for place in case.sent:
-        times = made[f"call {place[0]} {place[1]}"]
-        effects = seen.effects[place]
+    for deliveries in _groups(case).values():
+        places = [sent.place for sent in deliveries]
+        calls = [f"call {partition} {offset}" for partition, offset in places]
+        times = sum(made[call] for call in calls)
+        effects = [row for place in places for row in seen.effects[place]]
+        row = next((rows[place] for place in places if place in rows), None)
         if effects and not times:
-            yield f"I2: {place} has its effect, and was never called for"
+            yield f"I2: {places} have their effect, and were never called for"
         if times > 1 and case.flow.external != "retry":
-            yield f"I2: {place} was called for {times} times, with unresolved={case.flow.external!r}"
-        if sum(key.startswith(f"call {place[0]} {place[1]} ") for key in keys) > 1:
-            yield f"I2: {place} was called for with several idempotency keys"
-        if effects and (place not in rows or not (rows[place][0] and rows[place][1])):
-            yield f"I4: {place} has its effect, its call is {rows.get(place)}"
-        if effects and str(effects[0][5]) != rows[place][2]:
-            yield f"I4: {place} used the result {effects[0][5]}, stored is {rows[place][2]}"
+            yield f"I2: {places} were called for {times} times, with unresolved={case.flow.external!r}"
+        if len({key.split()[3] for key in keys for call in calls if key.startswith(f"{call} ")}) > 1:
+            yield f"I2: {places} were called for with several idempotency keys"
+        if effects and not (row and row[0] and row[1]):
+            yield f"I4: {places} have their effect, their call is {row}"
+        elif effects and row and str(effects[0][5]) != row[2]:
+            yield f"I4: {places} used the result {effects[0][5]}, stored is {row[2]}"
 
 
 def _place(text: str) -> Place:

@@ -115,10 +115,11 @@ class Life:
             self.relay()
         if flow.operator:
             self.board.note("healed")
-            self.decide()
-            self.consume(self._ends)
-            if flow.relays:
-                self.relay()
+            # Again and again: what was held behind one that cannot be decoded may be another such.
+            while self.decide():
+                self.consume(self._ends)
+                if flow.relays:
+                    self.relay()
         self.ownership.release()
 
     # --- taking over ---
@@ -269,33 +270,37 @@ class Life:
         finally:
             worker.close()
 
-    def decide(self) -> None:
-        """An operator: even offsets run again, what cannot is given up."""
-        app = self.shop.app
+    def decide(self) -> bool:
+        """An operator: even offsets run again, what cannot is given up. Whether there was anything to decide."""
+        app, found = self.shop.app, False
         if self.case.flow.external is not None:
-            self._find_out()
+            found = self._find_out()
         if not self.case.flow.relays:
-            for letter in dead.letters(self.database, dead.DeadFilter(handler=self.shop.handler.group)).items:
+            letters = dead.letters(self.database, dead.DeadFilter(handler=self.shop.handler.group)).items
+            for letter in letters:
                 sent = self.case.sent[letter.record.partition, letter.record.offset]
                 with suppress(NotFound):  # somebody was faster
                     if decision(self.case, sent) == "replay":
                         dead.replay(app, [letter.id], actor="campaign")
                     else:
                         dead.discard(self.database, [letter.id], actor="campaign")
-            return
+            return found or bool(letters)
         desk = OutboxDesk(self.database, self.settings, admin=FileAdmin(), actor="campaign")  # type: ignore[arg-type]
-        for line in desk.lines("dead").items:
+        lines = desk.lines("dead").items
+        for line in lines:
             with suppress(NotFound):
                 booked = Booked.model_validate_json(desk.find(line.number).payload or b"")
                 if booked.o % 2 == 0:
                     desk.retry(line.number)
                 else:
                     desk.discard(line.number)
+        return found or bool(lines)
 
-    def _find_out(self) -> None:
+    def _find_out(self) -> bool:
         """About calls of which nobody knows whether they were made, the operator asks who was called."""
         desk = ExternalDesk(self.database, actor="campaign")
-        for line in desk.lines(consumer=self.shop.handler.group):
+        lines = desk.lines(consumer=self.shop.handler.group)
+        for line in lines:
             place = line.partition, line.offset
             made = any(fact.startswith(f"call {place[0]} {place[1]} ") for fact in self.board.lines())
             with suppress(FailClosed):  # somebody was faster
@@ -303,6 +308,7 @@ class Life:
                     desk.resolve(line.id, result_of(place))
                 else:
                     desk.not_done(line.id)
+        return bool(lines)
 
     def _sql(self, statement: str, **values: object) -> list[tuple[Any, ...]]:
         with self.database.engine.begin() as connection:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing import Pipe
@@ -40,6 +41,8 @@ class Pool:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             try:
                 _live(theirs, url, directory)
+            except BaseException:  # noqa: BLE001 - told here: who feeds it only sees that it is gone
+                traceback.print_exc()
             finally:
                 os._exit(1)
         theirs.close()

@@ -53,6 +53,8 @@ class Report:
     seeds: dict[str, int] = field(default_factory=dict)
     """Seed -> the next cycle."""
     violations: list[dict[str, Any]] = field(default_factory=list)
+    mended: list[dict[str, str]] = field(default_factory=list)
+    """Violations of before, and the commit since which they are none."""
     commits: list[str] = field(default_factory=list)
     postgresql: str = ""
 
@@ -69,6 +71,7 @@ class Report:
             report.cells = {flow: Counter(found) for flow, found in stored["cells"].items()}
             report.every, report.done = stored["every"], stored["done"]
             report.violations, report.commits = stored["violations"], stored["commits"]
+            report.mended = stored.get("mended", [])
         return report
 
     @property
@@ -114,6 +117,7 @@ class Report:
             "kills": self.kills,
             "cycles": self.cycles,
             "violations": self.violations,
+            "mended": self.mended,
             "seconds": round(self.seconds, 1),
             "started": self.started,
             "updated": clock.now().isoformat(timespec="seconds"),

@@ -108,7 +108,10 @@ TRANSFORMING = (
         "kafka/consumer.py",
         "        return Membership.read(self._consumer.consumer_group_metadata())\n",
         "        read = self._consumer.consumer_group_metadata\n"
-        '        return type("Late", (), {"raw": property(lambda _: read())})()\n',
+        "        now = Membership.read(read())\n"
+        '        late = {"raw": property(lambda _: read()), "generation": now.generation, "member": now.member}\n'
+        '        return type("Late", (), {**late, "group": now.group})()\n',
+        "doubts, transform",
         "freezes, transform",
     ),
     bug(

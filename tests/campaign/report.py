@@ -24,14 +24,17 @@ here was seen; none of it is a proof. "Rule of three": with no violation in N cr
 def render(directory: Path = report_file.DIRECTORY) -> str:
     """The page."""
     layers = [json.loads(path.read_text()) for path in sorted(directory.glob("*.json"))]
-    parts = [_HEAD, *_overview(layers)]
+    parts = [_HEAD, *_overview(layers), ""]
     for layer in layers:
-        parts += ["", f"## {layer['layer']}", "", str(layer["what"]), "", *_facts(layer), "", *_counts(layer)]
+        parts += [f"## {layer['layer']}", "", str(layer["what"]), "", *_facts(layer), ""]
+        parts += [*_counts(layer), *_stages(layer), *_models(layer), *_mutants(layer)]
     return "\n".join(parts).rstrip() + "\n"
 
 
 def statement(layer: Mapping[str, Any]) -> str:
     """What the layer's numbers say, and no more."""
+    if "planted" in layer:
+        return f"{layer['found']} of {layer['planted']} planted bugs found"
     violations, (faults, what) = len(layer.get("violations", ())), _faults(layer)
     said = report_file.statement(violations, faults, f"injected {what}") if faults else f"{violations} violations"
     mended = len(layer.get("mended", ()))
@@ -79,6 +82,39 @@ def _counts(layer: Mapping[str, Any]) -> Iterator[str]:
             yield "|---|---:|"
             yield from (f"| {item.replace('|', '/')} | {count:,} |" for item, count in sorted(counts.items()))
             yield ""
+
+
+def _stages(layer: Mapping[str, Any]) -> Iterator[str]:
+    """Flow by flow, how many of all cases there are were run, where they are so few that all of them can be."""
+    every = layer.get("every") or {}
+    if not every:
+        return
+    yield f"| of every | {' | '.join(every)} |"
+    yield f"|---|{'---:|' * len(every)}"
+    for flow in sorted({flow for flows in every.values() for flow in flows}):
+        counts = (flows.get(flow) for flows in every.values())
+        yield f"| {flow} | {' | '.join(f'{one[0]:,} of {one[1]:,}' if one else '–' for one in counts)} |"
+    yield ""
+
+
+def _models(layer: Mapping[str, Any]) -> Iterator[str]:
+    """What was found in each model, with and without a protection."""
+    if layer["layer"] != "model":
+        return
+    yield from ("| model | states | steps | found |", "|---|---:|---:|---|")
+    for name, cell in layer["cells"].items():
+        yield f"| {name} | {cell['states']:,} | {cell['steps']:,} | {cell['found'] or 'nothing, as it should be'} |"
+    yield ""
+
+
+def _mutants(layer: Mapping[str, Any]) -> Iterator[str]:
+    """Which bugs were planted, what they would do, who found them, and how soon."""
+    if "planted" not in layer:
+        return
+    yield from ("| planted bug | what it does | found by | s |", "|---|---|---|---:|")
+    for name, one in layer["mutants"].items():
+        yield f"| {name} | {one['what']} | {one['found_by'] or '**nobody**'} | {one['seconds']:,.0f} |"
+    yield ""
 
 
 def main() -> None:

@@ -3,7 +3,8 @@
     python -m tests.cluster.campaign --minutes 30 [--seed N] [--flow spine | transform] [--faults 8]
 
 Both flows in turn, each through so many faults; the first that loses, repeats, reorders or stands still ends the
-campaign with exit code 1. `--seed` gives the same faults in the same order (what they hit still depends on the moment).
+campaign with exit code 1. What it came to is added to docs/campaign/brokers.json. `--seed` gives the same faults in the
+same order (what they hit still depends on the moment), after those of the runs of that seed that were made before.
 """
 
 from __future__ import annotations
@@ -11,12 +12,15 @@ from __future__ import annotations
 import argparse
 import random
 import tempfile
-import uuid
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from eoframework import clock
+from tests.campaign.report_file import DIRECTORY, GrowingReport, statement, versions
 from tests.cluster.brokers import Brokers, three_brokers
 from tests.cluster.faults import frozen, killed, restarted, through
 from tests.cluster.flows import SHORT_TIMEOUTS, Chain, Flow, Spine, running
@@ -25,15 +29,47 @@ from tests.cluster.places import migrated_database
 FLOWS: dict[str, type[Chain] | type[Spine]] = {"spine": Spine, "transform": Chain}
 RATE = 50.0
 LONGEST_FREEZE = 20.0
+REPORT = DIRECTORY / "brokers.json"
+_WHAT = (
+    "A chain of transforms, and the spine of worker and relay, by turns, under load on three brokers, of which the one "
+    "with a part in it is killed, frozen or restarted, or all of them one after the other; the same processes go on, "
+    "nobody lending a hand, and every item is there once and in order."
+)
 
 
-def draw(chance: random.Random, brokers: Brokers, flow: Flow) -> tuple[str, Callable[[], AbstractContextManager[None]]]:
+class Report(GrowingReport):
+    """The layer's file."""
+
+    def __init__(self) -> None:
+        super().__init__(REPORT, {"layer": "brokers", "what": _WHAT, "points": {}, "runs": 0, "items": 0})
+
+
+@dataclass
+class Tally:
+    """What one run came to."""
+
+    injected: Counter[str] = field(default_factory=Counter)
+    points: Counter[str] = field(default_factory=Counter)
+    """Which part the broker had that it was done to."""
+    items: int = 0
+
+
+class Drawn(NamedTuple):
     """A fault, told in words, and the doing of it."""
+
+    kind: str
+    role: str
+    told: str
+    fault: Callable[[], AbstractContextManager[None]]
+
+
+def draw(chance: random.Random, brokers: Brokers, flow: Flow) -> Drawn:
+    """The next fault of this seed."""
     role = chance.choice(sorted(flow.roles))
     kind = chance.choice(["kill", "kill", "freeze", "freeze", "restart", "rolling restart"])
     if kind == "rolling restart":
         order = chance.sample(brokers.nodes, 3)
-        return kind, lambda: restarted(*order, whole=brokers.in_sync)
+        return Drawn(kind, "all", kind, lambda: restarted(*order, whole=brokers.in_sync))
     seconds = round(chance.uniform(0.5, LONGEST_FREEZE), 1)
     node = flow.roles[role]()
     does: dict[str, Callable[[], AbstractContextManager[None]]] = {
@@ -41,45 +77,65 @@ def draw(chance: random.Random, brokers: Brokers, flow: Flow) -> tuple[str, Call
         "freeze": lambda: frozen(node, seconds=seconds),
         "restart": lambda: restarted(node, whole=brokers.in_sync),
     }
-    told = f"{kind} for {seconds:g} s" if kind == "freeze" else kind
-    return f"{told}: {role} ({node.name})", does[kind]
+    lasting = f" for {seconds:g} s" if kind == "freeze" else ""
+    return Drawn(f"{kind} of a broker", role, f"{kind}{lasting}: {role} ({node.name})", does[kind])
 
 
-def one_run(name: str, brokers: Brokers, directory: Path, chance: random.Random, faults: int) -> None:
+def one_run(name: str, brokers: Brokers, directory: Path, chance: random.Random, faults: int, tally: Tally) -> None:
     with (
         migrated_database(brokers) as url,
         running(FLOWS[name], brokers, url, directory, rate=RATE, **SHORT_TIMEOUTS) as flow,
     ):
         for number in range(1, faults + 1):
-            told, fault = draw(chance, brokers, flow)
-            print(f"  {number:3} {told}", end="", flush=True)
+            drawn = draw(chance, brokers, flow)
+            print(f"  {number:3} {drawn.told}", end="", flush=True)
+            tally.injected[drawn.kind] += 1
+            tally.points[f"{name}: {drawn.role}"] += 1
             started = clock.monotonic()
-            through(brokers, flow, fault())
+            through(brokers, flow, drawn.fault())
             print(f": went on; whole again after {clock.monotonic() - started:.1f} s", flush=True)
+    tally.items = flow.load.sent
     print(f"  {flow.load.sent} items, each once and in order", flush=True)
+
+
+def noted_run(brokers: Brokers, directory: Path, report: Report, arguments: argparse.Namespace) -> None:
+    """The next run of the seed, and what came of it in the report, whatever that was."""
+    number, tally, began = report.next_run(arguments.seed), Tally(), clock.monotonic()
+    name = arguments.flow or list(FLOWS)[number % len(FLOWS)]
+    print(f"run {arguments.seed}:{number}: {name}", flush=True)
+    logs = directory / f"run-{number}"
+    logs.mkdir()
+    chance = random.Random(f"{arguments.seed}:{number}")
+    try:
+        one_run(name, brokers, logs, chance, arguments.faults, tally)
+    except AssertionError as found:
+        told = {"run": f"{arguments.seed}:{number}", "invariant": name, "what": str(found)[:500]}
+        report.violations.append(told)
+        raise
+    finally:
+        report.count("injected", tally.injected)
+        report.count("points", tally.points)
+        report.document["runs"] += 1
+        report.document["items"] += tally.items
+        report.was_run(arguments.seed, number)
+        report.write(seconds=clock.monotonic() - began, versions=versions(brokers.services.database_url))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=30)
-    parser.add_argument("--seed", type=int, default=uuid.uuid4().int % 1_000_000)
+    parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--flow", choices=FLOWS, help="only this one")
     parser.add_argument("--faults", type=int, default=8, help="of one run, before everything is counted")
     arguments = parser.parse_args()
-    chance = random.Random(arguments.seed)
     directory = Path(tempfile.mkdtemp(prefix="eo-campaign-"))
+    report = Report()
     print(f"seed {arguments.seed}, logs in {directory}", flush=True)
     until = clock.monotonic() + arguments.minutes * 60
-    runs = 0
     with three_brokers(directory) as brokers:
-        while clock.monotonic() < until or not runs:
-            for name in [arguments.flow] if arguments.flow else FLOWS:
-                runs += 1
-                print(f"run {runs}: {name}", flush=True)
-                logs = directory / f"run-{runs}"
-                logs.mkdir()
-                one_run(name, brokers, logs, chance, arguments.faults)
-    print(f"{runs} runs, nothing lost, repeated or out of order")
+        while clock.monotonic() < until:
+            noted_run(brokers, directory, report, arguments)
+    print(statement(len(report.violations), report.kills, "injected crashes"))
 
 
 if __name__ == "__main__":

@@ -119,6 +119,20 @@ def test_delayed_message_comes_when_due_and_not_before(rig: Rig) -> None:
     assert rig.sql("SELECT id FROM eo.delayed_message") == [(not_due.id,)]
 
 
+def test_delayed_messages_come_in_the_order_of_their_times(rig: Rig) -> None:
+    """Whenever they were published, and also if the relay was away when each of them became due.
+
+    Seen to fail with `deliver_at` taken out of the last ORDER BY of `_MOVE_DUE` (db/pending.py).
+    """
+    now = clock.now()
+    minutes = [rig.message(key="k0", deliver_at=now - timedelta(minutes=ago)) for ago in (1, 3, 2)]
+    with rig.database.begin("test") as connection:
+        rig.insert(connection, minutes)
+    with rig.run_here(once=True) as relay:
+        assert relay.ended() == 0
+    rig.assert_published([minutes[1], minutes[2], minutes[0]])
+
+
 def test_idempotent_mode_publishes_everything_at_least_once(rig: Rig) -> None:
     messages = rig.publish(200)
     with rig.run_here(once=True, relay_mode="idempotent") as relay:
