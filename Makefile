@@ -36,7 +36,7 @@ test-postgres: $(READY) ## The spine on the oldest and newest PostgreSQL and thr
 
 # Each goes on where it was stopped, and adds to docs/campaign/.
 MINUTES ?= 10
-campaign: $(READY) ## Crashes without end: forked processes, models, client errors, the full stack, cuts, planted bugs; then the report (MINUTES=10)
+campaign: $(READY) ## Crashes without end: forked processes, models, client errors, the full stack, three brokers, cuts, planted bugs; then the report (MINUTES=10)
 	@echo "== forked"
 	@$(BIN)/python -m tests.campaign.forked --kills 1000000000 --minutes $(MINUTES)
 	@echo "== model"
@@ -47,6 +47,8 @@ campaign: $(READY) ## Crashes without end: forked processes, models, client erro
 	@$(BIN)/python -m tests.campaign.full --minutes $(MINUTES)
 	@$(BIN)/python -m tests.campaign.full --minutes $(MINUTES) --seed 2 --pairs
 	@$(BIN)/python -m tests.campaign.full --minutes $(MINUTES) --seed 3 --outages
+	@echo "== three brokers"
+	@$(BIN)/python -m tests.cluster.campaign --minutes $(MINUTES)
 	@echo "== cuts"
 	@$(BIN)/python -m tests.campaign.cuts --minutes $(MINUTES)
 	@echo "== planted bugs"
