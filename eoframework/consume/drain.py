@@ -54,8 +54,8 @@ class Drain:
         """Whether a lane was left for others, with messages in it."""
         self._fearful: set[int] = set()
         """Partitions whose last owner may have died of a parked message: until all that is due has run."""
-        self._charges: dict[Place, int] = {}
-        """Messages already charged by this process with a crash, and how many they had before."""
+        self._charges: dict[Place, Parked] = {}
+        """Messages already charged by this process with a crash, as they were before."""
 
     def look_soon(self) -> None:
         """Something was parked, or partitions were claimed."""
@@ -206,7 +206,7 @@ class Drain:
 
     def _delivery(self, parked: Parked) -> Delivery:
         place = parked.record.partition, parked.record.offset
-        crashes = self._charges.get(place, parked.crashes)
+        crashes = self._charges.get(place, parked).crashes
         if parked.crashes != crashes + 1:
             # Not as we charged it: it was settled by a COMMIT in doubt, and put back since.
             crashes = parked.crashes
@@ -259,9 +259,9 @@ class Drain:
             parked = self._parking.head(connection, self._unit.stream, lane)
             if parked is not None:
                 place = parked.record.partition, parked.record.offset
-                if self._charges.get(place) != parked.crashes - 1:
+                if place not in self._charges or self._charges[place].crashes != parked.crashes - 1:
                     self._parking.charge(connection, self._unit.stream, parked, parked.crashes + 1)
-                    self._charges[place] = parked.crashes
+                    self._charges[place] = parked
                     charged.append(parked)
             return Outcome()
 
@@ -269,3 +269,8 @@ class Drain:
         if charged and outcome.trouble is None and not outcome.fenced:
             events.emit("consume.charged", record=charged[0].record)
         return outcome
+
+    def take_back(self, connection: Connection, partitions: Collection[int]) -> None:
+        """As Executor.take_back: a death that was none counts for nothing."""
+        for place in [place for place in self._charges if place[0] in partitions]:
+            self._parking.take_back(connection, self._unit.stream, self._charges.pop(place))

@@ -301,6 +301,15 @@ class Executor:
         events.emit("consume.charged", record=delivery.record)
         return outcome
 
+    def take_back(self, connection: Connection, partitions: Collection[int]) -> None:
+        """Nobody died of what was charged here: before these partitions are released, for a successor that trusts it.
+
+        Otherwise the mark of a death would stay for ever, since whoever has no reason to be careful removes none.
+        """
+        for place in [place for place in self._charges if place[0] in partitions]:
+            _, crashes = self._charges.pop(place)
+            self._attempts.take_back(connection, self._unit.stream, place, crashes)
+
     def _counted(self, connection: Connection, first: list[Delivery]) -> list[Delivery]:
         """With what is known of earlier attempts: they were made in this place, so at the first of a partition."""
         counted: list[Delivery] = []

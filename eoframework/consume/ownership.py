@@ -7,13 +7,14 @@ claimed (the database was away, or somebody else claimed it) stays paused and is
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Protocol
 from uuid import UUID
 
 from eoframework import clock, events
 from eoframework.consume.start import GroupOffsets, refuse_moved_offset, set_back
 from eoframework.db.position import Claim, Positions, Stream
+from eoframework.db.session import Connection
 from eoframework.db.unit_of_work import WorkerConnection
 from eoframework.errors import Conflict, Retryable
 from eoframework.kafka.offsets import epoch_of_mark, offset_out_of_range
@@ -42,9 +43,13 @@ class Ownership:
         *,
         owner: str,
         mark: Callable[[Claim], None],
+        on_release: Callable[[Connection, Collection[int]], None] = lambda _connection, _partitions: None,
         careful_for: int = 0,
     ) -> None:
-        """`mark` puts our mark on the group's offset; raises Retryable. `careful_for`: deliveries after a crash."""
+        """`mark` puts our mark on the group's offset; raises Retryable. `careful_for`: deliveries after a crash.
+
+        `on_release`: what is undone with a clean release, in its transaction.
+        """
         self._stream = stream
         self._positions = positions
         self._connection = connection
@@ -52,6 +57,7 @@ class Ownership:
         self._cluster = cluster
         self._owner = owner
         self._mark = mark
+        self._on_release = on_release
         self._careful_for = careful_for
         self.claims: dict[int, Claim] = {}
         self._left: list[Claim] = []
@@ -175,17 +181,19 @@ class Ownership:
         """
         left, self._left = self._left, []
         if left:
-            with self._connection.begin("release partitions that went to others") as connection:
-                self._positions.release(connection, self._stream, left)
+            self._release("release partitions that went to others", left)
             events.emit("consume.released", partitions=sorted(claim.partition for claim in left))
 
     def release(self) -> None:
         """Leave cleanly; best effort, a crash leaves the owner's name in the row and nothing else."""
         if self.claims:
-            with self._connection.begin("release the partitions") as connection:
-                self._positions.release(connection, self._stream, self.claims.values())
+            self._release("release the partitions", self.claims.values())
             events.emit("consume.released", partitions=sorted(self.claims))
             self.claims.clear()
+
+    def _release(self, what: str, claims: Iterable[Claim]) -> None:
+        with self._connection.begin(what) as connection:
+            self._on_release(connection, self._positions.release(connection, self._stream, claims))
 
     # --- claiming ---
 

@@ -11,7 +11,7 @@ import os
 import secrets
 import socket
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from eoframework import clock, events
 from eoframework.app import App
@@ -22,6 +22,7 @@ from eoframework.consume.ownership import Ownership
 from eoframework.consume.start import Start, Surroundings
 from eoframework.db import home
 from eoframework.db.position import Claim, Positions, Stream, session_name
+from eoframework.db.session import Connection
 from eoframework.db.unit_of_work import Timeouts, WorkerConnection
 from eoframework.errors import HandlerFailed, LostConnection, Retryable
 from eoframework.handlers import Handler
@@ -101,6 +102,7 @@ class ConsumeWorker:
             self._admin,
             owner=owner,
             mark=self._mark,
+            on_release=self._take_back,
             careful_for=self._largest,
         )
         self._executor, self._drain = assemble(
@@ -376,6 +378,10 @@ class ConsumeWorker:
         else:
             if lost:
                 self._give_way(consumer, lost)
+
+    def _take_back(self, connection: Connection, partitions: Collection[int]) -> None:
+        self._executor.take_back(connection, partitions)
+        self._drain.take_back(connection, partitions)
 
     def _mark(self, claim: Claim) -> None:
         self._member().mark(claim.partition, claim.next_offset, claim.epoch)

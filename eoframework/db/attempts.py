@@ -21,6 +21,11 @@ VALUES (%(consumer_id)s, %(topic_id)s, %(partition)s, %(offset)s, 1)
 ON CONFLICT (consumer_id, topic_id, partition, "offset") DO UPDATE SET crashes = a.crashes + 1
 RETURNING attempts, crashes
 """
+_CHARGED = f"{_HERE} AND crashes = %(crashes)s + 1"
+_TAKE_BACK = f"""
+WITH forgotten AS (DELETE FROM {{eo}}.attempt WHERE {_CHARGED} AND attempts = 0 AND %(crashes)s = 0)
+UPDATE {{eo}}.attempt SET crashes = %(crashes)s WHERE {_CHARGED} AND (attempts > 0 OR %(crashes)s > 0)
+"""
 _FAILED = """
 INSERT INTO {eo}.attempt AS a (consumer_id, topic_id, partition, "offset", attempts, crashes, first_failed_at,
     last_failed_at, error_class, fingerprint, error, traceback)
@@ -53,6 +58,11 @@ class Attempts:
         """As `counts`, after one more crash: committed before the handler runs, so that the crash itself counts."""
         charged = self._run(connection, _CHARGE, stream, record).one()
         return int(charged.attempts), int(charged.crashes)
+
+    def take_back(self, connection: Connection, stream: Stream, place: tuple[int, int], crashes: int) -> None:
+        """It was charged, with so many crashes before, and nobody died of it; nothing if it is not as we left it."""
+        values = {"partition": place[0], "offset": place[1], "crashes": crashes}
+        connection.exec_driver_sql(self._schema.sql(_TAKE_BACK), {**stream.key(), **values})
 
     def failed(
         self, connection: Connection, stream: Stream, record: Record, cause: Cause, *, attempts: int, crashes: int

@@ -82,6 +82,10 @@ FROM {{eo}}.parked_message WHERE {_LANE} ORDER BY "offset" LIMIT 1
 _CHARGE = f"""
 UPDATE {{eo}}.parked_message SET crashes = %(crashes)s WHERE {_LANE} AND "offset" = %(offset)s
 """
+_TAKE_BACK = f"""
+UPDATE {{eo}}.parked_message SET crashes = %(crashes)s
+WHERE {_LANE} AND "offset" = %(offset)s AND crashes = %(crashes)s + 1
+"""
 _FAILED = f"""
 UPDATE {{eo}}.parked_message SET attempts = %(attempts)s, crashes = %(crashes)s,
     first_failed_at = coalesce(first_failed_at, clock_timestamp()), last_failed_at = clock_timestamp(),
@@ -167,6 +171,10 @@ class Parking:
     def charge(self, connection: Connection, stream: Stream, parked: Parked, crashes: int) -> None:
         """Note how often its process died, before it runs."""
         self._one(connection, _CHARGE, stream, parked, {"crashes": crashes})
+
+    def take_back(self, connection: Connection, stream: Stream, parked: Parked) -> None:
+        """It was charged, as `parked` was before, and nobody died of it; nothing if it is not as we left it."""
+        self._run(connection, _TAKE_BACK, stream, parked, {"crashes": parked.crashes})
 
     def postpone(self, connection: Connection, stream: Stream, lane: Lane, wait: float) -> None:
         """Let other lanes go first for so many seconds."""

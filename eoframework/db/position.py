@@ -95,6 +95,7 @@ UPDATE {eo}.position p SET owner = NULL, backend_pid = NULL, backend_start = NUL
 FROM unnest(%(partitions)s::int[], %(epochs)s::bigint[]) AS f(partition, epoch)
 WHERE p.consumer_id = %(consumer_id)s AND p.topic_id = %(topic_id)s AND p.partition = f.partition
     AND p.epoch = f.epoch
+RETURNING p.partition
 """
 # xmax of the visible version is the transaction that holds the row: with it the recorded backend is terminated only
 # while it really stands in the way, never because its pid was used again. Behind a pooler the owner's name, which its
@@ -218,7 +219,7 @@ class Positions:
         """
         values = {**stream.key(), "partition": claim.partition, "epoch": claim.epoch}
         found = self._all(connection, "reclaim", {**values, "pooled": link_of(connection).pooled})
-        return Claim(claim.partition, epoch=found[0][1], next_offset=found[0][0]) if found else None
+        return replace(claim, next_offset=found[0][0], epoch=found[0][1]) if found else None
 
     def advance(
         self, connection: Connection, stream: Stream, claims: Iterable[Claim], to: Mapping[int, int]
@@ -249,11 +250,11 @@ class Positions:
         values = {"partitions": list(to), "next": list(to.values())}
         connection.exec_driver_sql(self._sql["cut"], {**stream.key(), **values})
 
-    def release(self, connection: Connection, stream: Stream, claims: Iterable[Claim]) -> None:
-        """Say that we left cleanly; changes nothing where a successor has claimed already."""
+    def release(self, connection: Connection, stream: Stream, claims: Iterable[Claim]) -> set[int]:
+        """Say that we left cleanly; changes nothing where a successor has claimed already. Returns the others."""
         held = sorted(claims, key=lambda claim: claim.partition)
         values = {"partitions": [c.partition for c in held], "epochs": [c.epoch for c in held]}
-        connection.exec_driver_sql(self._sql["release"], {**stream.key(), **values})
+        return {row[0] for row in self._all(connection, "release", {**stream.key(), **values})}
 
     def terminate_holder(self, connection: Connection, stream: Stream, partition: int) -> bool:
         """End the recorded backend if it holds the row: a frozen owner in ClientWrite meets no timeout otherwise."""

@@ -28,6 +28,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     ),
     "stale objects": ("tests/failure/test_stale_objects.py",),
     "lists": ("tests/failure/test_batch_items.py",),
+    "leaving": ("tests/failure/test_leaving.py",),
     "breaker": ("tests/failure/test_breaker.py",),
     "operators": ("tests/failure/test_dead_replay.py",),
     "dead letter desk": ("tests/failure/test_dead_lists.py", "tests/failure/test_stranded.py"),

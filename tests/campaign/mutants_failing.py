@@ -96,6 +96,30 @@ PARKING = (
         "        del run\n",
         "breaker",
     ),
+    bug(
+        "a death that was none",
+        "a message that was charged, and not run before its worker left in order, keeps the mark of a crash",
+        "consume/executor.py",
+        "            self._attempts.take_back(connection, self._unit.stream, place, crashes)\n",
+        "            del crashes\n",
+        "leaving",
+    ),
+    bug(
+        "a death in a lane that was none",
+        "a parked message is given up as deadly after some orderly stops",
+        "consume/drain.py",
+        "            self._parking.take_back(connection, self._unit.stream, self._charges.pop(place))\n",
+        "            del self._charges[place]\n",
+        "leaving",
+    ),
+    bug(
+        "a renewed claim forgets the death before it",
+        "the parked message that killed the last owner runs uncounted, and kills for ever",
+        "db/position.py",
+        "return replace(claim, next_offset=found[0][0], epoch=found[0][1]) if found else None",
+        "return Claim(claim.partition, epoch=found[0][1], next_offset=found[0][0]) if found else None",
+        "statements",
+    ),
 )
 
 CALLING = (

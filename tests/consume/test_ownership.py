@@ -52,6 +52,20 @@ def test_a_new_connection_renews_every_claim(
     assert column(database.engine, "SELECT backend_pid FROM eo.position") == [backend] * 3
 
 
+def test_a_renewed_claim_still_tells_that_the_last_owner_died(ownership: Ownership, database: Database) -> None:
+    """Seen to fail with a new Claim in `claim_again`: what the dead owner had charged stood in eo.attempt for ever, and
+    a parked message that may have killed it ran unguarded.
+    """
+    with database.engine.begin() as dead:
+        dead.execute(text("UPDATE eo.position SET owner = 'dead', claimed_at = now(), epoch = 1 WHERE partition = 1"))
+    ownership.assigned([0, 1])
+    assert ownership.unclean() == {1}
+    ownership.in_doubt()
+    while due := ownership.due():
+        ownership.claim_waiting(due[0])
+    assert ownership.unclean() == {1}
+
+
 def test_positions_forgotten_while_a_worker_starts_are_not_begun_at_0(ownership: Ownership, database: Database) -> None:
     """Seen to fail without the EXISTS in `_CLAIM`: the claim began at 0, whatever `start` says."""
     with database.engine.begin() as operator:
