@@ -139,9 +139,9 @@ class Claim:
     epoch: int
     next_offset: int
     unclean: bool = False
-    """The owner before us did not release it: it may have died of a message."""
+    """The owner before us did not release it: it may have died of a message. Or one before it, and nobody got on."""
     stuck: bool = False
-    """And so did the one before, at the same offset: a message that ends its process lets nobody get on, while a
+    """Nobody has got on since a death at this offset: a message that ends its process lets nobody get on, while a
     process that was killed for another reason has nearly always moved the position."""
 
     def moved(self, next_offset: int) -> Claim:
@@ -201,15 +201,15 @@ class Positions:
         registration, and beginning at 0 would ignore `start`: raises RestartNeeded.
         """
         values = {**stream.row(), "partition": partition, "owner": owner, "pooled": link_of(connection).pooled}
-        holder = self._all(connection, "holder", values)
-        unclean = bool(holder) and holder[0][0] not in {None, owner}
+        holder, stuck = next(iter(self._all(connection, "holder", values)), (None, False))
+        # An owner between that left in order, and has not got on either, makes nothing of a death before it undone.
+        unclean = bool(stuck) or holder not in {None, owner}
         found = self._all(connection, "claim", {**values, "unclean": unclean})
         if not found:
             raise RestartNeeded(
                 f"{stream.consumer}: its positions were forgotten while it started.", remedy="Start it again."
             )
-        stuck = unclean and bool(holder[0][1])
-        return Claim(partition, epoch=found[0][1], next_offset=found[0][0], unclean=unclean, stuck=stuck)
+        return Claim(partition, epoch=found[0][1], next_offset=found[0][0], unclean=unclean, stuck=bool(stuck))
 
     def claim_again(self, connection: Connection, stream: Stream, claim: Claim) -> Claim | None:
         """Renew our own claim after a doubt, None when somebody else has taken over meanwhile.

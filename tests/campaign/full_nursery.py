@@ -7,6 +7,7 @@ fork.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -64,6 +65,9 @@ class Zygote:
 
 
 def main() -> None:
+    # Each would look at the whole heap of its parent first (spare_the_collector), and copy it by that.
+    gc.collect()
+    gc.freeze()
     children: set[int] = set()
     for line in sys.stdin:
         question = json.loads(line)

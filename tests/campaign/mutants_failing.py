@@ -120,6 +120,14 @@ PARKING = (
         "return Claim(claim.partition, epoch=found[0][1], next_offset=found[0][0]) if found else None",
         "statements",
     ),
+    bug(
+        "an orderly stop forgets the death before it",
+        "as above, where somebody has claimed in between, and left without getting on",
+        "db/position.py",
+        "        unclean = bool(stuck) or holder not in {None, owner}\n",
+        "        unclean = holder not in {None, owner}\n",
+        "leaving",
+    ),
 )
 
 CALLING = (

@@ -89,6 +89,21 @@ def test_the_charge_of_a_message_that_harmed_nobody_is_taken_back(desk: Desk) ->
     assert desk.column("SELECT next_offset FROM eo.position") == [0]
 
 
+def test_a_death_before_one_who_leaves_without_getting_on_is_not_forgotten(desk: Desk) -> None:
+    """Seen to fail with `unclean` from the owner alone (Positions.claim): the dead owner's charge stayed for ever."""
+    desk.run(until_all_is_done=True)
+    desk.send(1)
+    desk.execute("INSERT INTO eo.attempt SELECT consumer_id, topic_id, partition, next_offset, 0, 1 FROM eo.position")
+    desk.die_twice()
+    desk.handle = desk.stopped_in_vain
+    desk.run()
+    assert desk.column("SELECT crashes FROM eo.attempt") == [1]
+    desk.handle = lambda _: None
+    desk.run(until_all_is_done=True)
+    assert desk.column("SELECT next_offset FROM eo.position") == [1]
+    assert desk.column("SELECT crashes FROM eo.attempt") == []
+
+
 def test_and_that_of_one_that_waits_in_its_lane(desk: Desk) -> None:
     """Seen to fail without Drain.take_back: it would be given up as deadly, although no process has died of it."""
     desk.send(1)
