@@ -40,7 +40,6 @@ PARTITIONS = 2
 DRAIN_WITHIN = 60.0
 _BUSIEST = 5.0
 _ENTRIES_A_KILL = 8
-_NOTICED_WITHIN = 10.0
 # Below the session, which below the idle time-out of a transaction, and so on: what waits for whom.
 _SETTINGS = {
     "EO_MAX_BATCH": "20",
@@ -368,7 +367,7 @@ class World:
     def _snapshot(self, engine: Engine, drained: float | None) -> Snapshot:
         open_ = reading.held_up(self._admin, self.name, PARTITIONS) + reading.open_transactions(engine)
         committed = self._archive.read("read_committed")
-        leaks = Counter(_left_behind(engine)) + Counter(processes=sum(len(slot.pids) for slot in self.slots))
+        leaks = Counter(reading.left_behind(engine)) + Counter(processes=sum(len(slot.pids) for slot in self.slots))
         part = reading.database_part(engine)
         offsets = self._offsets()
         part["positions"] |= {place: offset for place, offset in offsets.items() if place[0] == "crumble"}
@@ -392,14 +391,6 @@ class World:
             with suppress(KafkaException):  # the broker's disk is thrown away in the end
                 future.result(20)
         shutil.rmtree(self.directory)
-
-
-def _left_behind(engine: Engine) -> dict[str, int]:
-    """What is left, once the server has noticed that its clients are gone: they ended a moment ago."""
-    deadline = clock.monotonic() + _NOTICED_WITHIN
-    while (left := reading.left(engine))["connections"] + left["locks"] and clock.monotonic() < deadline:
-        clock.sleep(0.1)
-    return left
 
 
 def _busy() -> float:

@@ -35,6 +35,7 @@ _LEFT = {
     "locks": """SELECT count(*) FROM pg_locks l JOIN pg_database d ON d.oid = l.database
         WHERE d.datname = current_database() AND l.pid <> pg_backend_pid()""",
 }
+_NOTICED_WITHIN = 10.0
 _CONFIG = {
     "enable.auto.commit": False,
     "auto.offset.reset": "error",
@@ -218,6 +219,14 @@ def left(engine: Engine) -> dict[str, int]:
     """What is left over in the database, by name."""
     with engine.connect() as connection:
         return {name: int(connection.scalar(text(question)) or 0) for name, question in _LEFT.items()}
+
+
+def left_behind(engine: Engine) -> dict[str, int]:
+    """As `left`, once the server has noticed that its clients are gone: they ended a moment ago."""
+    deadline = clock.monotonic() + _NOTICED_WITHIN
+    while (found := left(engine))["connections"] + found["locks"] and clock.monotonic() < deadline:
+        clock.sleep(0.1)
+    return found
 
 
 def open_transactions(engine: Engine) -> list[str]:
