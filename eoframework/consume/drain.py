@@ -271,6 +271,11 @@ class Drain:
         return outcome
 
     def take_back(self, connection: Connection, partitions: Collection[int]) -> None:
-        """As Executor.take_back: a death that was none counts for nothing."""
-        for place in [place for place in self._charges if place[0] in partitions]:
-            self._parking.take_back(connection, self._unit.stream, self._charges.pop(place))
+        """See Charging."""
+        for place, parked in self._charges.items():
+            if place[0] in partitions:
+                self._parking.take_back(connection, self._unit.stream, parked)
+
+    def forget(self, partitions: Collection[int]) -> None:
+        """See Charging."""
+        self._charges = {place: before for place, before in self._charges.items() if place[0] not in partitions}

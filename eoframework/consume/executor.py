@@ -302,13 +302,14 @@ class Executor:
         return outcome
 
     def take_back(self, connection: Connection, partitions: Collection[int]) -> None:
-        """Nobody died of what was charged here: before these partitions are released, for a successor that trusts it.
+        """See Charging."""
+        for place, (_, crashes) in self._charges.items():
+            if place[0] in partitions:
+                self._attempts.take_back(connection, self._unit.stream, place, crashes)
 
-        Otherwise the mark of a death would stay for ever, since whoever has no reason to be careful removes none.
-        """
-        for place in [place for place in self._charges if place[0] in partitions]:
-            _, crashes = self._charges.pop(place)
-            self._attempts.take_back(connection, self._unit.stream, place, crashes)
+    def forget(self, partitions: Collection[int]) -> None:
+        """See Charging."""
+        self._charges = {place: before for place, before in self._charges.items() if place[0] not in partitions}
 
     def _counted(self, connection: Connection, first: list[Delivery]) -> list[Delivery]:
         """With what is known of earlier attempts: they were made in this place, so at the first of a partition."""
@@ -325,7 +326,7 @@ class Executor:
 
     def _forget_attempts(self, connection: Connection, done: Batch) -> None:
         # What the last owner had charged when it died stands at the first offset that we process.
-        inherited = any(c.unclean and self._tidied.get(p) != c.epoch for p, c in done.claims.items())
+        inherited = any(c.marked and self._tidied.get(p) != c.epoch for p, c in done.claims.items())
         if self._policy.ordering == "partition" or self._charges or inherited:
             self._attempts.clear(connection, self._unit.stream, [delivery.record for delivery in done.deliveries])
 

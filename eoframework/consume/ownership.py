@@ -31,6 +31,16 @@ class Cluster(Protocol):
     def watermarks(self, topic: str, partition: int) -> tuple[int, int]: ...
 
 
+class Charging(Protocol):
+    """Counts a crash before it runs what may bring one about."""
+
+    def take_back(self, connection: Connection, partitions: Collection[int]) -> None:
+        """Nobody died of what was charged here, and its next owner, who trusts a clean release, would not look."""
+
+    def forget(self, partitions: Collection[int]) -> None:
+        """What was charged here is the next owner's."""
+
+
 class Ownership:
     """The claims of one worker thread."""
 
@@ -43,13 +53,10 @@ class Ownership:
         *,
         owner: str,
         mark: Callable[[Claim], None],
-        on_release: Callable[[Connection, Collection[int]], None] = lambda _connection, _partitions: None,
+        charging: Collection[Charging] = (),
         careful_for: int = 0,
     ) -> None:
-        """`mark` puts our mark on the group's offset; raises Retryable. `careful_for`: deliveries after a crash.
-
-        `on_release`: what is undone with a clean release, in its transaction.
-        """
+        """`mark` puts our mark on the group's offset; raises Retryable. `careful_for`: deliveries after a crash."""
         self._stream = stream
         self._positions = positions
         self._connection = connection
@@ -57,7 +64,7 @@ class Ownership:
         self._cluster = cluster
         self._owner = owner
         self._mark = mark
-        self._on_release = on_release
+        self._charging = charging
         self._careful_for = careful_for
         self.claims: dict[int, Claim] = {}
         self._left: list[Claim] = []
@@ -192,8 +199,13 @@ class Ownership:
             self.claims.clear()
 
     def _release(self, what: str, claims: Iterable[Claim]) -> None:
+        held = list(claims)  # a connection that had to be opened anew empties `self.claims`
         with self._connection.begin(what) as connection:
-            self._on_release(connection, self._positions.release(connection, self._stream, claims))
+            ours = self._positions.release(connection, self._stream, held)
+            for one in self._charging:
+                one.take_back(connection, ours)
+        for one in self._charging:
+            one.forget({claim.partition for claim in held})
 
     # --- claiming ---
 

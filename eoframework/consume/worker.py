@@ -11,7 +11,7 @@ import os
 import secrets
 import socket
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 
 from eoframework import clock, events
 from eoframework.app import App
@@ -22,7 +22,6 @@ from eoframework.consume.ownership import Ownership
 from eoframework.consume.start import Start, Surroundings
 from eoframework.db import home
 from eoframework.db.position import Claim, Positions, Stream, session_name
-from eoframework.db.session import Connection
 from eoframework.db.unit_of_work import Timeouts, WorkerConnection
 from eoframework.errors import HandlerFailed, LostConnection, Retryable
 from eoframework.handlers import Handler
@@ -95,16 +94,6 @@ class ConsumeWorker:
             self._app.database, timeouts, handler=handler.group, session=session_name(owner)
         )
         self._stream = self._register(positions)
-        self._ownership = Ownership(
-            self._stream,
-            positions,
-            self._connection,
-            self._admin,
-            owner=owner,
-            mark=self._mark,
-            on_release=self._take_back,
-            careful_for=self._largest,
-        )
         self._executor, self._drain = assemble(
             handler,
             self._app,
@@ -113,6 +102,16 @@ class ConsumeWorker:
             settings,
             stopping=self._draining.is_set,
             before_commit=self._confirm_topic,
+        )
+        self._ownership = Ownership(
+            self._stream,
+            positions,
+            self._connection,
+            self._admin,
+            owner=owner,
+            mark=self._mark,
+            charging=(self._executor, self._drain),
+            careful_for=self._largest,
         )
         config = consumer_config(settings, group=handler.group, client_id=owner)
         config["enable.partition.eof"] = self._once
@@ -345,7 +344,7 @@ class ConsumeWorker:
         if now >= self._next_check:
             self._next_check = now + _CHECK_SECONDS
             if self._check_topic():
-                consumer.contact.look()
+                consumer.contact.check()
             self._check_claims(consumer)
             # What the group was told may have been refused, and is told again only when something moves: seen, lag
             # shown for ever of what had long been done, after the coordinator had been away for a moment.
@@ -378,10 +377,6 @@ class ConsumeWorker:
         else:
             if lost:
                 self._give_way(consumer, lost)
-
-    def _take_back(self, connection: Connection, partitions: Collection[int]) -> None:
-        self._executor.take_back(connection, partitions)
-        self._drain.take_back(connection, partitions)
 
     def _mark(self, claim: Claim) -> None:
         self._member().mark(claim.partition, claim.next_offset, claim.epoch)

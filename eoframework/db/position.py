@@ -50,7 +50,7 @@ SELECT %(consumer_id)s, %(topic_id)s, %(partition)s, %(topic)s, %(cluster_id)s, 
 FROM pg_stat_activity a WHERE a.pid = pg_backend_pid() AND EXISTS (SELECT FROM {eo}.position
     WHERE consumer_id = %(consumer_id)s AND topic_id = %(topic_id)s)
 ON CONFLICT (consumer_id, topic_id, partition) DO UPDATE SET epoch = p.epoch + 1, owner = excluded.owner,
-    unclean_at = CASE WHEN %(unclean)s THEN p.next_offset END,
+    unclean_at = CASE WHEN %(marked)s THEN p.next_offset END,
     backend_pid = excluded.backend_pid, backend_start = excluded.backend_start, claimed_at = excluded.claimed_at
 RETURNING next_offset, epoch
 """.replace("{session}", _SESSION)
@@ -139,10 +139,12 @@ class Claim:
     epoch: int
     next_offset: int
     unclean: bool = False
-    """The owner before us did not release it: it may have died of a message. Or one before it, and nobody got on."""
+    """The owner before us did not release it: it may have died of a message."""
     stuck: bool = False
-    """Nobody has got on since a death at this offset: a message that ends its process lets nobody get on, while a
-    process that was killed for another reason has nearly always moved the position."""
+    """And so did another, at the same offset: a message that ends its process lets nobody get on, while a process that
+    was killed for another reason has nearly always moved the position."""
+    marked: bool = False
+    """Nobody has got on since a death: what the dead owner had charged may still stand at this offset."""
 
     def moved(self, next_offset: int) -> Claim:
         return replace(self, next_offset=next_offset)
@@ -201,15 +203,17 @@ class Positions:
         registration, and beginning at 0 would ignore `start`: raises RestartNeeded.
         """
         values = {**stream.row(), "partition": partition, "owner": owner, "pooled": link_of(connection).pooled}
-        holder, stuck = next(iter(self._all(connection, "holder", values)), (None, False))
-        # An owner between that left in order, and has not got on either, makes nothing of a death before it undone.
-        unclean = bool(stuck) or holder not in {None, owner}
-        found = self._all(connection, "claim", {**values, "unclean": unclean})
+        holder, died_here = next(iter(self._all(connection, "holder", values)), (None, False))
+        unclean = holder not in {None, owner}
+        # Somebody between may have left in order, and not have got on either.
+        marked = unclean or bool(died_here)
+        found = self._all(connection, "claim", {**values, "marked": marked})
         if not found:
             raise RestartNeeded(
                 f"{stream.consumer}: its positions were forgotten while it started.", remedy="Start it again."
             )
-        return Claim(partition, epoch=found[0][1], next_offset=found[0][0], unclean=unclean, stuck=bool(stuck))
+        stuck = unclean and bool(died_here)
+        return Claim(partition, found[0][1], found[0][0], unclean=unclean, stuck=stuck, marked=marked)
 
     def claim_again(self, connection: Connection, stream: Stream, claim: Claim) -> Claim | None:
         """Renew our own claim after a doubt, None when somebody else has taken over meanwhile.

@@ -348,14 +348,16 @@ class Admin:
     def _look_around(self) -> None:
         # A broker that was frozen says for a moment that there is no controller. The client believes it until it next
         # asks for metadata, minutes later, and every question meanwhile waits for a controller until it times out.
+        client = self._client
         try:
-            self._client.list_topics(timeout=_PROBE_TIMEOUT)
+            client.list_topics(timeout=_PROBE_TIMEOUT)
         except KafkaException as error:
             _log.debug("Kafka at %s: %s; asked again with the next question.", self._servers, kafka_error(error).str())
             # By a new client: this one may have lost the cluster for good (contact.py). Seen: a handler that could ask
-            # for nothing any more, and claimed nothing.
+            # for nothing any more, and claimed nothing. Only this one: another thread's questions may be with the next.
             with self._lock:
-                self._client_made = None
+                if self._client_made is client:
+                    self._client_made = None
 
     def _classified(self, error: KafkaError, what: str, topic: str | None) -> EoError:
         return meaning(error, what, topic=topic, servers=self._servers)

@@ -65,8 +65,7 @@ class GroupConsumer:
         self.ended: dict[int, int] = {}
         """Partitions read to their end (with `enable.partition.eof`), and that end: markers lie before it."""
         self._consumer = Consumer({**config, "error_cb": self._on_error, "on_commit": self._on_commit})
-        self.contact = Contact(self._consumer, topic)
-        """Whether this client still finds its cluster."""
+        self.contact = Contact(self._consumer, topic, config)
         self._consumer.subscribe([topic], on_assign=self._assigned, on_revoke=self._revoked, on_lost=self._revoked)
 
     # --- fetching ---

@@ -25,6 +25,7 @@ _ROOM_SLICE = 0.005
 _END_PATIENCE = 5.0
 _HELD_AT_MOST = 0.05
 _ASK = 3.0
+_CHECK_SECONDS = 10.0
 
 
 class Gate:
@@ -63,7 +64,8 @@ class Gate:
 class SendingClient:
     """Sends records with acks=all; each one's ticket is told once, on this client's own thread. Thread-safe.
 
-    Guarantee: a record is written once, or its ticket gets an error: at the latest after message.timeout.ms.
+    Guarantee: a record is written once, or its ticket gets an error: at the latest after message.timeout.ms, and some
+    seconds more where others timed out, and it is asked whether this client still finds its brokers.
     """
 
     def __init__(self, config: Mapping[str, Any], gate: Gate) -> None:
@@ -74,6 +76,7 @@ class SendingClient:
         self._patience = int(config["message.timeout.ms"]) / 1000
         self._ended = threading.Event()
         self._waiting = self._timed_out = False
+        self._confirmed_at = self._next_check = 0.0
         self._cause: KafkaError | None = None
         self.fatal = ""
         """Why this client can send nothing any more; whoever wants to send makes another."""
@@ -167,9 +170,15 @@ class SendingClient:
             )
         self._gate.push_open()
         clock.wait(self._ended, _ROOM_SLICE)
+        if self._cause is not None:  # a client given up has room, and sends nothing
+            assert record.ticket is not None
+            raise delivery_error(self._cause, record.ticket, left=False)
 
     def _tell(self, ticket: Ticket, error: KafkaError | None, message: Message) -> None:
-        self._timed_out = self._timed_out or (error is not None and error.code() == KafkaError._MSG_TIMED_OUT)
+        if error is None:
+            self._confirmed_at = clock.monotonic()
+        elif error.code() == KafkaError._MSG_TIMED_OUT:
+            self._timed_out = True
         if error is not None and self._cause is not None and error.code() == KafkaError._PURGE_QUEUE:
             ticket.failed(delivery_error(self._cause, ticket))
         else:
@@ -182,12 +191,12 @@ class SendingClient:
             self._gate.pass_through()
             try:
                 self._client.poll(_SLICE)
+                self._break_if_lost()
             except KafkaException as error:
                 # So a fatal error is told here, and not to the error callback.
                 self._on_error(kafka_error(error))
             except Exception:  # noqa: BLE001 - whatever a callback of the user's raised, the next report must be heard
                 _log.exception("a report from Kafka could not be handed on; the others are.")
-            self._break_if_lost()
             if self._waiting and not self.unconfirmed:
                 self._waiting = False
                 _log.info("Kafka at %s: nothing waits any more.", self._servers)
@@ -208,10 +217,13 @@ class SendingClient:
             )
 
     def _break_if_lost(self) -> None:
-        if self._timed_out:
-            self._timed_out = False
-            if has_lost_cluster(self._client, self._config):
-                self._break(KafkaError(KafkaError._ALL_BROKERS_DOWN, "it finds no broker any more, others do"))
+        now = clock.monotonic()
+        # One that was confirmed something is only slow, and would not answer in time behind what it still sends.
+        if not self._timed_out or now < max(self._next_check, self._confirmed_at + self._patience):
+            return
+        self._timed_out, self._next_check = False, now + _CHECK_SECONDS
+        if not self._ended.is_set() and has_lost_cluster(self._client, self._config):
+            self._break(KafkaError(KafkaError._ALL_BROKERS_DOWN, "it finds no broker any more, others do"))
 
     def _break(self, error: KafkaError) -> None:
         if self._cause is not None:

@@ -384,7 +384,7 @@ class TransformWorker:
             self._next_check = now + _CHECK_SECONDS
             try:
                 self._beginning.ask_topic(self._stream)()
-                self._member().contact.look()
+                self._member().contact.check()
                 if self._limit < self._largest:
                     for missing in self._targets.missing():
                         log.warning("%s: %s; what is made for it waits, nothing is lost", self.name, missing)

@@ -326,6 +326,7 @@ class World:
     def _is_drained(self, engine: Engine, tail: reading.Tail) -> bool:
         left = reading.left(engine)
         waiting = left["parked messages"] + left["shut lanes"]
+        waiting += reading.held_by_the_dead(engine, [slot.pid for slot in self.slots])
         if "relay" in self.plan.roles:
             waiting += left["outbox rows"]
         if waiting:

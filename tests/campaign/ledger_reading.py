@@ -221,6 +221,13 @@ def left(engine: Engine) -> dict[str, int]:
         return {name: int(connection.scalar(text(question)) or 0) for name, question in _LEFT.items()}
 
 
+def held_by_the_dead(engine: Engine, living: Collection[int]) -> int:
+    """Partitions whose owner was killed, and which nobody has claimed since: its group has not noticed yet."""
+    with engine.connect() as connection:
+        owners = connection.scalars(text("SELECT owner FROM eo.position WHERE owner IS NOT NULL"))
+        return sum(int(owner.split(":")[1]) not in living for owner in owners)
+
+
 def left_behind(engine: Engine) -> dict[str, int]:
     """As `left`, once the server has noticed that its clients are gone: they ended a moment ago."""
     deadline = clock.monotonic() + _NOTICED_WITHIN

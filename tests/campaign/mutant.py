@@ -79,6 +79,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "lost clients": ("tests/consume/test_lost_cluster.py",),
     "lost clients, producer": (
         "tests/producer/test_giving_up.py::test_a_client_that_finds_no_broker_any_more_is_replaced",
+        "tests/producer/test_giving_up.py::test_a_client_that_was_confirmed_something_is_only_slow",
     ),
     "client errors": ("tests/campaign/test_client_errors.py",),
     "brokers": ("tests/cluster/test_brokers.py::test_each_killed_in_turn_under_load",),

@@ -120,7 +120,6 @@ def look_for(mutant: Mutant, copy: Copy, silent: dict[str, bool]) -> dict[str, o
             print(f"  {layer}: {'silent' if silent[layer] else 'NOT silent'} about the source as it is", flush=True)
         if not silent[layer]:
             continue
-        asked = True
         copy.plant(mutant)
         try:
             heard = copy.hear(layer)
@@ -128,9 +127,9 @@ def look_for(mutant: Mutant, copy: Copy, silent: dict[str, bool]) -> dict[str, o
             copy.mend(mutant)
         seconds += heard.seconds
         if "::" in heard.first and copy.run([heard.first], layer).objects:
-            # It fails without the bug as well: by itself, on a machine that is too busy.
-            asked = False
+            # It fails without the bug as well: by itself, on a machine that is too busy. Nobody was asked.
             continue
+        asked = True
         if heard.objects:
             return {"found_by": layer, "test": heard.first, "seconds": round(seconds, 1)}
     return {"found_by": None, "seconds": round(seconds, 1)} if asked else {}

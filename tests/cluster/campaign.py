@@ -43,11 +43,22 @@ class Report(GrowingReport):
     def __init__(self) -> None:
         super().__init__(REPORT, {"layer": "brokers", "what": _WHAT, "points": {}, "runs": 0, "items": 0})
 
+    def add(self, tally: Tally, *, seed: int, run: int, found: AssertionError | None) -> None:
+        """A run that was judged: faults of one that was broken off would count as harmless."""
+        if found is not None:
+            self.violations.append({"run": f"{seed}:{run}", "invariant": tally.flow, "what": str(found)[:500]})
+        self.count("injected", tally.injected)
+        self.count("points", tally.points)
+        self.document["runs"] += 1
+        self.document["items"] += tally.items
+        self.was_run(seed, run)
+
 
 @dataclass
 class Tally:
     """What one run came to."""
 
+    flow: str
     injected: Counter[str] = field(default_factory=Counter)
     points: Counter[str] = field(default_factory=Counter)
     """Which part the broker had that it was done to."""
@@ -81,16 +92,16 @@ def draw(chance: random.Random, brokers: Brokers, flow: Flow) -> Drawn:
     return Drawn(f"{kind} of a broker", role, f"{kind}{lasting}: {role} ({node.name})", does[kind])
 
 
-def one_run(name: str, brokers: Brokers, directory: Path, chance: random.Random, faults: int, tally: Tally) -> None:
+def one_run(brokers: Brokers, directory: Path, chance: random.Random, faults: int, tally: Tally) -> None:
     with (
         migrated_database(brokers) as url,
-        running(FLOWS[name], brokers, url, directory, rate=RATE, **SHORT_TIMEOUTS) as flow,
+        running(FLOWS[tally.flow], brokers, url, directory, rate=RATE, **SHORT_TIMEOUTS) as flow,
     ):
         for number in range(1, faults + 1):
             drawn = draw(chance, brokers, flow)
             print(f"  {number:3} {drawn.told}", end="", flush=True)
             tally.injected[drawn.kind] += 1
-            tally.points[f"{name}: {drawn.role}"] += 1
+            tally.points[f"{tally.flow}: {drawn.role}"] += 1
             started = clock.monotonic()
             through(brokers, flow, drawn.fault())
             print(f": went on; whole again after {clock.monotonic() - started:.1f} s", flush=True)
@@ -99,26 +110,22 @@ def one_run(name: str, brokers: Brokers, directory: Path, chance: random.Random,
 
 
 def noted_run(brokers: Brokers, directory: Path, report: Report, arguments: argparse.Namespace) -> None:
-    """The next run of the seed, and what came of it in the report, whatever that was."""
-    number, tally, began = report.next_run(arguments.seed), Tally(), clock.monotonic()
-    name = arguments.flow or list(FLOWS)[number % len(FLOWS)]
-    print(f"run {arguments.seed}:{number}: {name}", flush=True)
+    """The next run of the seed, and what came of it in the report; raises what it found."""
+    number, began = report.next_run(arguments.seed), clock.monotonic()
+    tally = Tally(arguments.flow or list(FLOWS)[number % len(FLOWS)])
+    print(f"run {arguments.seed}:{number}: {tally.flow}", flush=True)
     logs = directory / f"run-{number}"
     logs.mkdir()
     chance = random.Random(f"{arguments.seed}:{number}")
+    found: AssertionError | None = None
     try:
-        one_run(name, brokers, logs, chance, arguments.faults, tally)
-    except AssertionError as found:
-        told = {"run": f"{arguments.seed}:{number}", "invariant": name, "what": str(found)[:500]}
-        report.violations.append(told)
-        raise
-    finally:
-        report.count("injected", tally.injected)
-        report.count("points", tally.points)
-        report.document["runs"] += 1
-        report.document["items"] += tally.items
-        report.was_run(arguments.seed, number)
-        report.write(seconds=clock.monotonic() - began, versions=versions(brokers.services.database_url))
+        one_run(brokers, logs, chance, arguments.faults, tally)
+    except AssertionError as error:
+        found = error
+    report.add(tally, seed=arguments.seed, run=number, found=found)
+    report.write(seconds=clock.monotonic() - began, versions=versions(brokers.services.database_url))
+    if found is not None:
+        raise found
 
 
 def main() -> None:
@@ -131,8 +138,8 @@ def main() -> None:
     directory = Path(tempfile.mkdtemp(prefix="eo-campaign-"))
     report = Report()
     print(f"seed {arguments.seed}, logs in {directory}", flush=True)
-    until = clock.monotonic() + arguments.minutes * 60
     with three_brokers(directory) as brokers:
+        until = clock.monotonic() + arguments.minutes * 60
         while clock.monotonic() < until:
             noted_run(brokers, directory, report, arguments)
     print(statement(len(report.violations), report.kills, "injected crashes"))

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import pytest
 from confluent_kafka import Producer
 from pydantic import BaseModel
 from sqlalchemy import text
 
-from eoframework import App, Message, Topic, Tx, lifecycle
+from eoframework import App, Message, Topic, Tx, events, lifecycle
 from eoframework.db.session import Database
 from eoframework.settings import Settings
 from tests.consume.harness import column, make_app, worker_of
@@ -30,10 +31,13 @@ class Desk:
         self._name = f"app{uuid.uuid4().hex[:8]}"
         self._stop = threading.Event()
         self.handle: Callable[[Tx], None] = lambda _: None
+        self.charged: list[int] = []
+        """The offsets of what was charged in the last run."""
 
     def run(self, *, until_all_is_done: bool = False) -> None:
         self._stop = threading.Event()
         worker = worker_of(self._app(), stop=self._stop, once=until_all_is_done)
+        self.charged.clear()
         assert lifecycle.run([worker], stop=self._stop, once=until_all_is_done) == 0
 
     def _app(self) -> App:
@@ -73,8 +77,16 @@ class Desk:
 
 
 @pytest.fixture
-def desk(settings: Settings, database: Database, topic_name: str) -> Desk:
-    return Desk(settings, database, topic_name)
+def desk(settings: Settings, database: Database, topic_name: str) -> Iterator[Desk]:
+    made = Desk(settings, database, topic_name)
+
+    def heard(name: str, fields: Mapping[str, Any]) -> None:
+        if name == "consume.charged":
+            made.charged.append(fields["record"].offset)
+
+    forget = events.subscribe(heard)
+    yield made
+    forget()
 
 
 def test_the_charge_of_a_message_that_harmed_nobody_is_taken_back(desk: Desk) -> None:
@@ -84,19 +96,21 @@ def test_the_charge_of_a_message_that_harmed_nobody_is_taken_back(desk: Desk) ->
     desk.die_twice()
     desk.handle = desk.stopped_in_vain
     desk.run()
+    assert desk.charged == [0]
     assert desk.column("SELECT owner FROM eo.position") == [None], "it left in order"
     assert desk.column("SELECT crashes FROM eo.attempt") == []
     assert desk.column("SELECT next_offset FROM eo.position") == [0]
 
 
 def test_a_death_before_one_who_leaves_without_getting_on_is_not_forgotten(desk: Desk) -> None:
-    """Seen to fail with `unclean` from the owner alone (Positions.claim): the dead owner's charge stayed for ever."""
+    """Seen to fail with `marked` from the owner alone (Positions.claim): the dead owner's charge stayed for ever."""
     desk.run(until_all_is_done=True)
     desk.send(1)
     desk.execute("INSERT INTO eo.attempt SELECT consumer_id, topic_id, partition, next_offset, 0, 1 FROM eo.position")
     desk.die_twice()
     desk.handle = desk.stopped_in_vain
     desk.run()
+    assert desk.charged == [0]
     assert desk.column("SELECT crashes FROM eo.attempt") == [1]
     desk.handle = lambda _: None
     desk.run(until_all_is_done=True)
@@ -113,4 +127,5 @@ def test_and_that_of_one_that_waits_in_its_lane(desk: Desk) -> None:
     desk.execute("UPDATE eo.parked_key SET due_at = now()")
     desk.die_twice()
     desk.run()
+    assert desk.charged == [0]
     assert desk.column("SELECT crashes FROM eo.parked_message") == [0]

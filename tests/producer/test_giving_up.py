@@ -245,3 +245,23 @@ def test_a_client_that_finds_no_broker_any_more_is_replaced(
     assert not sent()
     eventually(sent, "a new client sends", seconds=30)
     assert numbers(kafka, orders) == [1]
+
+
+def test_a_client_that_was_confirmed_something_is_only_slow(
+    kafka: Settings, orders: OrderTopic, make_producer: MakeProducer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked on its own connection, behind what it sends, it would not answer in time: all that it holds is given up.
+
+    Seen to fail without `_confirmed_at` in `_break_if_lost`.
+    """
+    asked: list[object] = []
+    monkeypatch.setattr(sending, "has_lost_cluster", lambda *given: asked.append(given))
+    producer = make_producer(kafka)
+    producer.send(orders, Order(number=1))
+    (client,) = producer._clients._clients.values()
+    client._timed_out = True
+    for number in range(2, 5):  # the second hears its report after the first one's round
+        producer.send(orders, Order(number=number))
+    assert not asked
+    client._confirmed_at = -client._patience
+    eventually(lambda: asked, "it is asked after all")
