@@ -48,6 +48,7 @@ NOT_BEHIND_A_POOLER = (
     "tests/failure/test_stalls.py::test_no_message_is_blamed_for_a_database_that_has_become_read_only",
     # Options in the URL, which PgBouncer refuses.
     "tests/failure/test_dead_try.py::test_a_server_that_counts_nothing_is_refused",
+    "tests/publish/test_durability.py::test_what_we_commit_is_durable_whatever_the_default",
     # Roles of their own, whose passwords this PgBouncer does not know.
     "tests/failure/test_dead_try.py::test_a_role_with_few_rights_can_try",
     "tests/migrations/test_versions.py::TestWithoutRights",
