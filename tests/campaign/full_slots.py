@@ -96,7 +96,8 @@ class Slot:
         self.pid = 0
         how = self._how(code)
         self._history.end(self._number, "ok", how=how)
-        self._tally.exits[how if code >= 0 else "killed"] += 1
+        # One that died of another signal, a segfault in a client, is no kill of ours.
+        self._tally.exits["killed" if code == -signal.SIGKILL else how] += 1
         if self.stand_in:
             self._signal(self.stand_in, signal.SIGKILL)
         return not expected

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from confluent_kafka import ConsumerGroupTopicPartitions, KafkaException, TopicPartition
+from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
 from sqlalchemy import Engine, create_engine
 from sqlalchemy.exc import DBAPIError
@@ -145,6 +145,7 @@ class World:
         self._sample_at = 0.0
         self.slots: list[Slot] = []
         self._admin = AdminClient({"bootstrap.servers": addresses.bootstrap_servers, "log_level": 0})
+        self._groups = reading.Groups(addresses.bootstrap_servers)
         self._archive = Archive(addresses.bootstrap_servers, self.name)
 
     # --- from beginning to end ---
@@ -154,6 +155,7 @@ class World:
         began = clock.monotonic()
         result = Result(self.plan, self.tally)
         with ExitStack() as stack:
+            stack.callback(self._groups.close)
             history = stack.enter_context(histories.History(self.directory / "history.jsonl"))
             url = stack.enter_context(throw_away_database(self.addresses, self.name, template=self._template))
             engine = create_engine(url, connect_args={"application_name": "campaign"}, pool_pre_ping=True)
@@ -295,14 +297,10 @@ class World:
 
     def _offsets(self) -> dict[Place, int]:
         found: dict[Place, int] = {}
-        groups = {f"{self.name}.{consumer}": consumer for consumer in SOURCES if consumer in self.plan.roles}
-        for group, consumer in groups.items():
-            topic = f"{self.name}.{SOURCES[consumer]}"
-            asked = [TopicPartition(topic, partition) for partition in range(PARTITIONS)]
-            future = self._admin.list_consumer_group_offsets(
-                [ConsumerGroupTopicPartitions(group, asked)], request_timeout=10
-            )[group]
-            found |= {(consumer, each.partition): max(each.offset, 0) for each in future.result().topic_partitions}
+        for consumer in (one for one in SOURCES if one in self.plan.roles):
+            group, topic = f"{self.name}.{consumer}", f"{self.name}.{SOURCES[consumer]}"
+            offsets = self._groups.offsets(group, topic, PARTITIONS)
+            found |= {(consumer, partition): offset for partition, offset in offsets.items()}
         return found
 
     # --- healing, draining ---

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any
 from uuid import UUID
 
-from confluent_kafka import Consumer, IsolationLevel, KafkaError, Message, TopicPartition
+from confluent_kafka import Consumer, IsolationLevel, KafkaError, KafkaException, Message, TopicPartition
 from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-defined]
 from sqlalchemy import Connection, Engine, text
 
@@ -36,6 +36,8 @@ _LEFT = {
         WHERE d.datname = current_database() AND l.pid <> pg_backend_pid()""",
 }
 _NOTICED_WITHIN = 10.0
+# With the offsets of a transaction that is open it would be waited for.
+_UNSTABLE = {"isolation.level": "read_uncommitted"}
 _CONFIG = {
     "enable.auto.commit": False,
     "auto.offset.reset": "error",
@@ -98,6 +100,34 @@ def read_all(
         short: tuple(read for place in sorted(found) if place[0] == name for read in found[place])
         for name, short in names.items()
     }
+
+
+class Groups:
+    """Where groups stand, by a consumer for each that never joins it.
+
+    Not by an AdminClient: asked while the coordinator moves, librdkafka 2.16 ends the whole process (SIGSEGV, seen;
+    rd_kafka_handle_OffsetFetch takes it for granted that the client that asks is a member of a group).
+    """
+
+    def __init__(self, servers: str) -> None:
+        self._servers = servers
+        self._asking: dict[str, Consumer] = {}
+
+    def offsets(self, group: str, topic: str, partitions: int) -> dict[int, int]:
+        """0 for a partition without one; raises KafkaException."""
+        if group not in self._asking:
+            self._asking[group] = Consumer(
+                {**_CONFIG, **_UNSTABLE, "bootstrap.servers": self._servers, "group.id": group}
+            )
+        asked = [TopicPartition(topic, partition) for partition in range(partitions)]
+        found = self._asking[group].committed(asked, timeout=10)
+        for failed in (each.error for each in found if each.error is not None):
+            raise KafkaException(failed)
+        return {each.partition: max(each.offset, 0) for each in found}
+
+    def close(self) -> None:
+        for consumer in self._asking.values():
+            consumer.close()
 
 
 class Tail:
